@@ -91,7 +91,7 @@ class Factors:
     def by_layer(self) -> tuple[tuple[float, ...], ...]:
         """The lists as rows: one row where all layers share their factors."""
         if self.lambdas and isinstance(self.lambdas[0], tuple):
-            return self.lambdas  # type: ignore[return-value]  # narrowed by the first element
+            return self.lambdas
         return (self.lambdas,)  # type: ignore[return-value]
 
     @property
