@@ -1,0 +1,392 @@
+"""Load a Hugging Face causal language model, read its rotary geometry, and run it under rescale factors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from searcher.errors import LongRopeError
+from searcher.rope import Factors, RopeSpec
+from workers.apply import INTERLEAVED, RescaledRotary, cos_layout, find_rotary, rescaled
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ATTENTIONS = ("auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3")
+# Eager attention holds heads x L x L weights; beyond this length that is no longer a working size.
+EAGER_MAX_LENGTH = 8192
+# A window longer than any target: the way to switch windowed attention off that every family understands.
+NO_WINDOW = 2**30
+# Families whose attention pairs neighbouring dimensions although their cos and sin are laid out in halves.
+INTERLEAVED_FAMILIES = ("cohere", "cohere2", "glm", "glm4", "ernie4_5", "gptj", "codegen", "helium")
+# What AutoModelForCausalLM needs from a hub; weights in any other form are not fetched.
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+
+
+@dataclass(frozen=True)
+class ModelRequest:
+    """Which model, and how to run it. Everything here decides scores, but for the path.
+
+    Attributes
+    ----------
+    path: local folder, or a name on the Hugging Face hub.
+    target_length: L, the longest sequence that will be scored.
+    dtype: ``auto`` (the config's), float32, bfloat16 or float16.
+    attention: ``auto`` (sdpa, or eager where logits are capped) or one of ATTENTIONS.
+    device: ``auto`` (cuda where there is one), ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
+    sliding_window: None, ``keep``, ``off`` or a number of tokens.
+    original_length: L0 where the config does not tell the truth about it.
+    threads: CPU threads of the worker; one gives the same bits for any number of workers.
+    trust_remote_code: run code that comes with the model; off unless asked for.
+    """
+
+    path: str
+    target_length: int
+    dtype: str = "auto"
+    attention: str = "auto"
+    device: str = "auto"
+    sliding_window: str | None = None
+    original_length: int | None = None
+    threads: int = 1
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to be scored.
+
+    Attributes
+    ----------
+    spec: its unscaled rotary geometry.
+    shipped: name of the RoPE scaling its own config applies, with the factors it amounts to at the target length.
+    pairing: which dimensions of a head turn together.
+    settings: what was resolved from ``auto``: device, dtype, attention, sliding window.
+    """
+
+    model: Any
+    spec: RopeSpec
+    shipped: tuple[str, Factors] | None
+    pairing: str
+    layout: str
+    cast: bool
+    settings: dict[str, str | int | None]
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.model.device
+        return device
+
+    @contextmanager
+    def under(self, factors: Factors | None) -> Iterator[None]:
+        """The model rotated by ``factors``, which differ from its own; None leaves it as it is."""
+        if factors is None:
+            yield
+            return
+        rows = factors.by_layer()
+        if any(len(row) != self.spec.pairs for row in rows) or len(rows) not in (1, self.spec.layers):
+            raise LongRopeError(
+                f"The model rotates {self.spec.pairs} pairs in {self.spec.layers} layers; the factors are "
+                f"{len(rows)} x {len(rows[0])}."
+            )
+        rotations = [
+            RescaledRotary(self.spec.theta, row, factors.n_hat, factors.attention_factor, self.layout, self.cast)
+            for row in rows
+        ]
+        with rescaled(self.model, list(decoder_layers(self.model)), rotations):
+            yield
+
+
+def resolve_folder(path: str) -> Path:
+    """The local folder of a model: the path itself, or the hub's files in the local cache.
+
+    Raises
+    ------
+    LongRopeError
+        No such folder, no safetensors in it, or a hub name that cannot be reached.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        looks_local = folder.exists() or path.startswith((".", "/", "~")) or path.count("/") != 1
+        if looks_local:
+            raise LongRopeError(f"There is no model folder {path}; give a folder with config.json, or a hub name.")
+        folder = _from_hub(path)
+    if not (folder / "config.json").is_file():
+        raise LongRopeError(f"{path} holds no config.json, so it is not a Hugging Face model folder.")
+    if not any(folder.glob("*.safetensors")):
+        raise LongRopeError(
+            f"{path} holds no .safetensors file; weights are only read from safetensors. Convert it with "
+            "model.save_pretrained(...) in transformers."
+        )
+    return folder
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+    except Exception as error:  # the hub's errors share no base class
+        raise LongRopeError(
+            f"{name} is neither a folder here nor could it be fetched from the Hugging Face hub "
+            f"({type(error).__name__}); check the name, the network, or HF_TOKEN."
+        ) from error
+
+
+def model_digest(folder: Path) -> str:
+    """SHA-256 of the weights and of the config, its remarks on names and versions aside."""
+    digest = hashlib.sha256()
+    config = read_config_json(folder)
+    for remark in ("_name_or_path", "transformers_version"):
+        config.pop(remark, None)
+    digest.update(json.dumps(config, sort_keys=True).encode())
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as handle:
+            digest.update(hashlib.file_digest(handle, "sha256").digest())
+    return digest.hexdigest()
+
+
+def read_config_json(folder: Path) -> dict[str, Any]:
+    """The raw config.json of a model folder."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LongRopeError(f"{folder / 'config.json'} cannot be read as JSON: {error}.") from error
+    if not isinstance(config, dict):
+        raise LongRopeError(f"{folder / 'config.json'} must hold a JSON object.")
+    return config
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The model's own tokenizer."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # tokenizers raise plain Exception
+        raise LongRopeError(f"No tokenizer could be loaded from {folder}: {_one_line(error)}") from error
+
+
+def load_model(request: ModelRequest) -> LoadedModel:
+    """Load the weights and read the rotary geometry.
+
+    Raises
+    ------
+    LongRopeError
+        The model cannot be served, in one sentence that says why.
+    """
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    folder = resolve_folder(request.path)
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=request.trust_remote_code)
+    except Exception as error:
+        raise LongRopeError(f"The config of {request.path} cannot be used: {_one_line(error)}") from error
+    _refuse_layer_types(config, request.path)
+    window = _settle_window(config, request)
+    attention = _settle_attention(config, request)
+    device = _settle_device(request.device)
+    if request.dtype not in ("auto", *DTYPES):
+        raise LongRopeError(f"The dtype is auto, {', '.join(DTYPES)}, not {request.dtype!r}.")
+    torch.set_num_threads(request.threads)
+    try:
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=DTYPES.get(request.dtype, "auto"),
+            attn_implementation=attention,
+            use_safetensors=True,
+            trust_remote_code=request.trust_remote_code,
+            output_loading_info=True,
+        )
+    except torch.cuda.OutOfMemoryError as error:
+        raise LongRopeError(f"The weights of {request.path} do not fit on the device: {_one_line(error)}") from error
+    except Exception as error:
+        raise LongRopeError(
+            f"{request.path} cannot be loaded as a causal language model: {_one_line(error)}"
+        ) from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise LongRopeError(
+            f"{request.path} lacks {len(missing)} tensors of its architecture ({missing[0]}, ...); "
+            "the checkpoint is incomplete or of another model."
+        )
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise LongRopeError(f"{name} of {request.path} holds values that are not finite; the weights are broken.")
+    model = model.eval().requires_grad_(False).to(device)
+    spec, layout, cast = _rotary_geometry(model, config, request)
+    pairing = INTERLEAVED if layout == INTERLEAVED or config.model_type in INTERLEAVED_FAMILIES else "half-split"
+    settings: dict[str, str | int | None] = {
+        "device": _device_name(device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "attention": attention,
+        "sliding_window": window,
+    }
+    shipped = _shipped_factors(config, spec, request.target_length)
+    return LoadedModel(model, spec, shipped, pairing, layout, cast, settings)
+
+
+def decoder_layers(model: Any) -> nn.ModuleList:
+    """The decoder layers of a causal model, found as its longest module list."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return max(lists, key=len)
+
+
+def _rotary_geometry(model: Any, config: Any, request: ModelRequest) -> tuple[RopeSpec, str, bool]:
+    name = type(model).__name__
+    places = find_rotary(model)
+    if not places:
+        raise LongRopeError(
+            f"{name} ({request.path}) has no rotary position embedding; LongRoPE rescales one, so it cannot serve it."
+        )
+    rotary: Any = places[0][2]
+    buffers = {key for key, _ in rotary.named_buffers(recurse=False)}
+    parameters = getattr(config, "rope_parameters", None)
+    if "inv_freq" not in buffers or not isinstance(parameters, dict) or "rope_theta" not in parameters:
+        raise LongRopeError(
+            f"{name} ({request.path}) rotates by layer type, or in a way this version does not know; "
+            "one rotary embedding with one base for all layers is needed."
+        )
+    with torch.inference_mode():
+        probe = torch.arange(1, 4, device=model.device)[None]
+        try:
+            cos, _ = rotary(torch.zeros(1, 3, 1, dtype=model.dtype, device=model.device), probe)
+        except Exception as error:
+            raise LongRopeError(f"The rotary embedding of {name} is of a kind not known: {_one_line(error)}") from error
+        wide, _ = rotary(torch.zeros(1, 3, 1, device=model.device), probe)
+    layout = cos_layout(wide)
+    pairs = int(rotary.inv_freq.numel())
+    if cos.ndim != 3 or cos.shape[-1] != (pairs if layout == "single" else 2 * pairs):
+        raise LongRopeError(
+            f"The rotary embedding of {name} gives cos of shape {tuple(cos.shape)}, which is not known."
+        )
+    spec = RopeSpec(
+        theta=float(parameters["rope_theta"]),
+        rotary_dim=2 * pairs,
+        original_length=request.original_length or original_length(config),
+        layers=int(config.num_hidden_layers),
+        family=str(config.model_type),
+    )
+    if parameters.get("rope_type", "default") == "default":
+        ours = torch.as_tensor(spec.inverse_frequencies(), dtype=torch.float64)
+        if not torch.allclose(rotary.inv_freq.double().cpu(), ours, rtol=1e-5):
+            raise LongRopeError(
+                f"The rotary embedding of {name} does not follow theta^(-2i/d) with theta = {spec.theta}; "
+                "its factors would mean something else."
+            )
+    return spec, layout, cos.dtype == model.dtype
+
+
+def original_length(config: Any) -> int:
+    """L0: original_max_position_embeddings where the config scales RoPE, else max_position_embeddings."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    candidates = (
+        getattr(config, "original_max_position_embeddings", None),
+        parameters.get("original_max_position_embeddings"),
+        getattr(config, "max_position_embeddings", None),
+    )
+    for value in candidates:
+        if value:
+            return int(value)
+    raise LongRopeError("The config states no max_position_embeddings; give the trained length with --original-length.")
+
+
+def _shipped_factors(config: Any, spec: RopeSpec, target: int) -> tuple[str, Factors] | None:
+    """What the config's own scaling amounts to at the target length, absolute against the unscaled RoPE."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    kind = config.rope_parameters.get("rope_type", "default")
+    if kind == "default":
+        return None
+    frequencies, attention = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), seq_len=target)
+    lambdas = torch.as_tensor(spec.inverse_frequencies()) / frequencies.double()
+    return str(kind), Factors(tuple(lambdas.tolist()), attention_factor=float(attention))
+
+
+def _refuse_layer_types(config: Any, path: str) -> None:
+    parameters = getattr(config, "rope_parameters", None)
+    if isinstance(parameters, dict) and any(isinstance(value, dict) for value in parameters.values()):
+        raise LongRopeError(
+            f"{path} ({config.model_type}) has a rotary embedding for each layer type ({', '.join(parameters)}); "
+            "one for all layers is needed, so this family is not supported yet."
+        )
+
+
+def _settle_window(config: Any, request: ModelRequest) -> int | None:
+    """Apply --sliding-window to the config; the window in force, or None."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    wish = request.sliding_window
+    if wish is not None and wish not in ("keep", "off") and not re.fullmatch(r"[1-9]\d*", wish):
+        raise LongRopeError(f"--sliding-window takes keep, off or a number of tokens, not {wish!r}.")
+    if window is None or (kinds is not None and "sliding_attention" not in kinds):
+        return None
+    if wish is None:
+        if window < request.target_length:
+            raise LongRopeError(
+                f"{request.path} attends to a window of {window} tokens, shorter than the target of "
+                f"{request.target_length}; choose --sliding-window keep (as trained), off (attend to all) or a number."
+            )
+        return int(window)
+    if wish != "keep":
+        config.sliding_window = NO_WINDOW if wish == "off" else int(wish)
+    return None if wish == "off" else int(config.sliding_window)
+
+
+def _settle_attention(config: Any, request: ModelRequest) -> str:
+    if request.attention not in ATTENTIONS:
+        raise LongRopeError(f"The attention kernel is one of {', '.join(ATTENTIONS)}, not {request.attention!r}.")
+    capped = getattr(config, "attn_logit_softcapping", None) is not None
+    if capped and request.attention == "sdpa":
+        raise LongRopeError(f"{request.path} caps its attention logits, which sdpa cannot do; use --attention eager.")
+    attention = request.attention if request.attention != "auto" else "eager" if capped else "sdpa"
+    if attention == "eager" and request.target_length > EAGER_MAX_LENGTH:
+        raise LongRopeError(
+            f"Eager attention holds all L x L weights and serves targets up to {EAGER_MAX_LENGTH} tokens, "
+            f"not {request.target_length}; {request.path} needs a fused kernel (--attention) or a shorter target."
+        )
+    return attention
+
+
+def _settle_device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise LongRopeError(f"{device!r} is no device; use auto, cpu, cuda or cuda:N.") from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise LongRopeError(f"{device} was asked for, but torch {torch.__version__} sees no CUDA device here.")
+    return chosen
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        return torch.backends.cpu.get_cpu_capability() + " " + _cpu_model()
+    return device.type
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return os.uname().machine
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else text[:297] + "..."

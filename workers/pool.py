@@ -1,0 +1,237 @@
+"""A pool of Ray workers: one call in flight per worker, work of the lost done again, retries with a limit.
+
+The unit of scheduling is (candidate, document), so no worker idles while a unit is left. What a worker held when it
+died goes to the front of the queue; a unit that has failed ATTEMPTS times is given up with the reason. A lost worker
+is replaced; a place whose replacements die REPLACEMENTS times in a row without a result is given up.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+
+from searcher.errors import LongRopeError
+from searcher.study import Outcome, Unit
+from workers.actor import create_worker
+from workers.model import ModelRequest
+from workers.scorer import Profile, Tokens, fingerprint
+
+ATTEMPTS = 3
+REPLACEMENTS = 3
+START_TIMEOUT = 1800.0  # seconds; reading the weights of a large model from a slow disk
+
+
+@dataclass(frozen=True)
+class PoolRequest:
+    """How many workers, and where.
+
+    Attributes
+    ----------
+    workers: how many; each holds the whole model.
+    gpus_per_worker: GPUs of one worker; 0 on CPU; fractions share a card.
+    ray_address: None starts a cluster on this machine and stops it at the end; an address joins one.
+    """
+
+    workers: int
+    gpus_per_worker: float = 0.0
+    ray_address: str | None = None
+
+
+@dataclass
+class _Place:
+    """One worker's place in the pool: who is there, its one call, how often it was lost without a result."""
+
+    number: int
+    actor: Any = None
+    call: Any = None
+    unit: Unit | None = None
+    losses: int = 0
+
+
+class RayScorer:
+    """A ``searcher.study.Scorer`` over Ray workers.
+
+    Raises
+    ------
+    LongRopeError
+        The cluster lacks what was asked for, a model cannot be loaded, workers differ in numerics, or all are lost.
+    """
+
+    def __init__(self, request: ModelRequest, tokens: Tokens, pool: PoolRequest) -> None:
+        if pool.workers < 1:
+            raise LongRopeError(f"A pool needs at least 1 worker, not {pool.workers}.")
+        if pool.gpus_per_worker == 0 and request.device == "auto":
+            request = replace(request, device="cpu")
+        self._request = request
+        self._pool = pool
+        self._own_cluster = _connect(pool, request.threads)
+        try:
+            _check_resources(pool, request.threads)
+            self._shared = ray.put(dict(tokens))
+            self._places = [_Place(number) for number in range(pool.workers)]
+            self._attempts: dict[str, int] = {}
+            self.weights_sha256, self.profile = self._start_all()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(self.weights_sha256, self.profile)
+
+    def worker_pids(self) -> list[int]:
+        """Process ids of the workers alive."""
+        pids: list[int] = ray.get([place.actor.pid.remote() for place in self._places if place.actor is not None])
+        return pids
+
+    def close(self) -> None:
+        """Stop the workers, and the cluster where this pool started it."""
+        if not ray.is_initialized():
+            return
+        for place in getattr(self, "_places", []):
+            if place.actor is not None:
+                ray.kill(place.actor)
+        if self._own_cluster:
+            ray.shutdown()
+        else:
+            ray.util.disconnect() if ray.util.client.ray.is_connected() else ray.shutdown()
+
+    def evaluate(self, units: Sequence[Unit]) -> Iterator[Outcome]:
+        """Outcomes as they finish."""
+        queue = deque(units)
+        while True:
+            for place in self._places:
+                if queue and place.actor is not None and place.call is None:
+                    self._dispatch(place, queue.popleft())
+            in_flight = {place.call: place for place in self._places if place.call is not None}
+            if not in_flight:
+                break
+            (ready,), _ = ray.wait(list(in_flight), num_returns=1)
+            place = in_flight[ready]
+            unit, place.unit, place.call = place.unit, None, None
+            result = self._collect(ready, place, unit)
+            if isinstance(result, Outcome):
+                yield result
+            elif result is not None:
+                queue.appendleft(result)
+        if queue:
+            raise LongRopeError(
+                f"All {self._pool.workers} workers were lost, each {REPLACEMENTS} times in a row; look for the reason "
+                "(memory above all), then go on with longrope resume."
+            )
+
+    def _dispatch(self, place: _Place, unit: Unit) -> None:
+        place.unit = unit
+        place.call = place.actor.score.remote(unit.key, unit.factors, unit.document)
+
+    def _collect(self, call: Any, place: _Place, unit: Unit | None) -> Outcome | Unit | None:
+        """What a finished call gave: an outcome, the unit to be done again, or nothing (a replacement reported in)."""
+        try:
+            value = ray.get(call)
+        except RayTaskError as error:
+            if unit is None:
+                raise _unwrapped(error) from error
+            place.losses = 0
+            return self._failed(unit, " ".join(str(error.cause).split())[:300])
+        except RayError:  # the worker or its node is gone
+            self._replace(place)
+            return None if unit is None else self._failed(unit, "the worker died")
+        if unit is None:
+            self._check_profile(value)
+            return None
+        place.losses = 0
+        outcome: Outcome = replace(value, worker=f"ray-{place.number}")
+        return outcome
+
+    def _failed(self, unit: Unit, reason: str) -> Outcome | Unit:
+        """Count a failed attempt: the unit again, or the outcome to store where it was the last."""
+        self._attempts[unit.key] = self._attempts.get(unit.key, 0) + 1
+        if self._attempts[unit.key] < ATTEMPTS:
+            return unit
+        return Outcome(unit.key, None, 0, failure=f"{reason} ({ATTEMPTS} attempts)")
+
+    def _replace(self, place: _Place) -> None:
+        """A new worker in a lost one's place; its start is in flight like a unit."""
+        place.losses += 1
+        place.actor = None
+        if place.losses < REPLACEMENTS:
+            place.actor = create_worker(self._request.threads, self._pool.gpus_per_worker)
+            place.call = place.actor.start.remote(self._request, self._shared)
+
+    def _start_all(self) -> tuple[str, Profile]:
+        for place in self._places:
+            place.actor = create_worker(self._request.threads, self._pool.gpus_per_worker)
+        calls = [place.actor.start.remote(self._request, self._shared) for place in self._places]
+        try:
+            described = ray.get(calls, timeout=START_TIMEOUT)
+        except RayTaskError as error:
+            raise _unwrapped(error) from error
+        except GetTimeoutError as error:
+            raise LongRopeError(
+                f"The {self._pool.workers} workers did not start within {START_TIMEOUT:.0f} s; look at the cluster "
+                "with `ray status`."
+            ) from error
+        except RayActorError as error:
+            raise LongRopeError(f"A worker died while it loaded {self._request.path}: {error}") from error
+        self.weights_sha256, self.profile = described[0]
+        for other in described[1:]:
+            self._check_profile(other)
+        return self.weights_sha256, self.profile
+
+    def _check_profile(self, described: tuple[str, Profile]) -> None:
+        if described != (self.weights_sha256, self.profile):
+            theirs = {"weights": described[0], **described[1]}
+            ours = {"weights": self.weights_sha256, **self.profile}
+            unequal = sorted(name for name in ours if ours[name] != theirs.get(name))
+            raise LongRopeError(
+                f"A worker differs from the first in {', '.join(unequal)}, so its scores would too; all workers of a "
+                "study need the same model, device kind and software."
+            )
+
+
+def _unwrapped(error: RayTaskError) -> Exception:
+    """The user's error where it is one; Ray wraps it with a traceback."""
+    cause = error.cause
+    return cause if isinstance(cause, LongRopeError) else error
+
+
+def _connect(pool: PoolRequest, threads: int) -> bool:
+    """Start or join a cluster; whether it was started here."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if ray.is_initialized():
+        return False
+    if pool.ray_address is not None:
+        try:
+            ray.init(address=pool.ray_address, log_to_driver=False, configure_logging=False)
+        except (ConnectionError, ValueError, RayError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise LongRopeError(f"No Ray cluster could be joined at {pool.ray_address}: {reason}") from error
+        return False
+    # A local cluster of its own needs no token, and must not leave one behind that later `ray start`s ask for.
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    ray.init(
+        num_cpus=max(os.cpu_count() or 1, pool.workers * threads),
+        include_dashboard=False,
+        log_to_driver=False,
+        configure_logging=False,
+        _node_ip_address="127.0.0.1",
+    )
+    return True
+
+
+def _check_resources(pool: PoolRequest, threads: int) -> None:
+    """Ray waits silently for resources that a cluster does not have; this says so at once."""
+    total = ray.cluster_resources()
+    for resource, each, flag in (("GPU", pool.gpus_per_worker, "--gpus-per-worker"), ("CPU", threads, "--threads")):
+        needed, there = pool.workers * each, total.get(resource, 0)
+        if needed > there:
+            raise LongRopeError(
+                f"{pool.workers} workers need {needed:g} {resource}s, but the Ray cluster has {there:g}; "
+                f"lower --workers or {flag}, or join a larger cluster with --ray-address."
+            )
