@@ -247,6 +247,8 @@ def main() -> None:
             print(json.dumps(report), flush=True)
 
     model.to(torch.bfloat16).save_pretrained(args.out)
+    config_file = args.out / "config.json"  # stored in half the space, run in float32
+    config_file.write_text(json.dumps(json.loads(config_file.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
     tokenizer.save_pretrained(args.out)
     card = {
         "python": platform.python_version(),
