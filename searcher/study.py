@@ -19,6 +19,7 @@ from searcher.rope import Factors
 from searcher.space import GRID, Individual, SearchSpace
 
 PARTS = ("search", "selection", "test")
+SHORT = "short"  # text within the original length: what factors cost there; reported where it is given
 AT_STUDY_ATTENTION = "@study"  # suffix of a baseline's name where it is shown under the study's attention factor
 WITHOUT_N_HAT = "searched_n_hat_0"
 
@@ -252,7 +253,7 @@ def score_generation(
             for i, j in places[outcome.key]:
                 known[i][j] = outcome
             observer.evaluated(outcome)
-    scores = [_total(row) for row in known]
+    scores = [total(row) for row in known]
     if not any(math.isfinite(score.loss) for score in scores):
         raise LongRopeError(
             f"No candidate of {part} generation {generation} could be scored; the first failed with: "
@@ -263,8 +264,8 @@ def score_generation(
     return scores
 
 
-def _total(outcomes: Sequence[Outcome | None]) -> Score:
-    """Summed in document order, so that the sum does not depend on which worker was faster."""
+def total(outcomes: Sequence[Outcome | None]) -> Score:
+    """A candidate's score, summed in document order: it does not depend on which worker was faster."""
     nll, tokens = 0.0, 0
     for outcome in outcomes:
         if outcome is None:
@@ -293,7 +294,7 @@ def run_search(
 
     Parameters
     ----------
-    documents: ``search``, ``selection`` and ``test``, disjoint.
+    documents: ``search``, ``selection`` and ``test``, disjoint; ``short`` besides, where its rows are wanted.
     """
     watcher = observer or Silent()
     forwards = 0
@@ -325,9 +326,10 @@ def run_search(
 
     rows = _report_rows(plan, winner, without_n_hat)
     table: dict[str, dict[str, Score]] = {}
-    for part in ("selection", "test"):
-        scores = scored(part, 1, list(rows.values()))
-        table[part] = dict(zip(rows, scores, strict=True))
+    for part in ("selection", "test", SHORT):
+        if part in documents:
+            shown = {name: row for name, row in rows.items() if part != SHORT or AT_STUDY_ATTENTION not in name}
+            table[part] = dict(zip(shown, scored(part, 1, list(shown.values())), strict=True))
     return SearchResult(winner, without_n_hat, table, forwards, tuple(history))
 
 

@@ -10,8 +10,8 @@ import ray
 
 from searcher.rope import Factors
 from searcher.study import Document, Outcome
-from workers.model import ModelRequest
-from workers.scorer import LocalScorer, Profile, score_unit
+from workers.model import ModelInfo, ModelRequest
+from workers.scorer import LocalScorer, score_unit
 
 
 class Worker:
@@ -21,11 +21,11 @@ class Worker:
         self._scorer: LocalScorer | None = None
         self._tokens: Mapping[str, Any] = {}
 
-    def start(self, request: ModelRequest, tokens: Mapping[str, Any]) -> tuple[str, Profile]:
-        """Load the model; its weights' SHA-256 and the numerics profile."""
+    def start(self, request: ModelRequest, tokens: Mapping[str, Any]) -> ModelInfo:
+        """Load the model and describe it."""
         self._tokens = tokens
         self._scorer = LocalScorer(request, tokens)
-        return self._scorer.weights_sha256, self._scorer.profile
+        return self._scorer.info
 
     def score(self, key: str, factors: Factors, document: Document) -> Outcome:
         """One unit."""

@@ -60,6 +60,30 @@ class ModelRequest:
 
 
 @dataclass(frozen=True)
+class ModelInfo:
+    """What a driver knows of the model its workers hold.
+
+    Attributes
+    ----------
+    weights_sha256: of weights and config.
+    profile: the numerics profile: with the weights, everything that decides the last bit of a score.
+    spec, shipped, pairing: see LoadedModel.
+    """
+
+    weights_sha256: str
+    profile: dict[str, str | int | None]
+    spec: RopeSpec
+    shipped: tuple[str, Factors] | None
+    pairing: str
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of weights and profile; see ``searcher.study.evaluation_key``."""
+        text = json.dumps({"model": self.weights_sha256, "profile": self.profile}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
 class LoadedModel:
     """A model ready to be scored.
 
@@ -164,6 +188,11 @@ def read_config_json(folder: Path) -> dict[str, Any]:
     return config
 
 
+def read_original_length(path: str) -> int:
+    """L0 as the model's config states it, without loading the weights."""
+    return original_length(_read_config(resolve_folder(path), path, trust_remote_code=False))
+
+
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     """The model's own tokenizer."""
     from transformers import AutoTokenizer
@@ -187,10 +216,7 @@ def load_model(request: ModelRequest) -> LoadedModel:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     folder = resolve_folder(request.path)
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=request.trust_remote_code)
-    except Exception as error:
-        raise LongRopeError(f"The config of {request.path} cannot be used: {_one_line(error)}") from error
+    config = _read_config(folder, request.path, request.trust_remote_code)
     _refuse_layer_types(config, request.path)
     window = _settle_window(config, request)
     attention = _settle_attention(config, request)
@@ -234,6 +260,15 @@ def load_model(request: ModelRequest) -> LoadedModel:
     }
     shipped = _shipped_factors(config, spec, request.target_length)
     return LoadedModel(model, spec, shipped, pairing, layout, cast, settings)
+
+
+def _read_config(folder: Path, path: str, trust_remote_code: bool) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # anything a config class raises on values it does not expect
+        raise LongRopeError(f"The config of {path} cannot be used: {_one_line(error)}") from error
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:

@@ -19,28 +19,12 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 from searcher.errors import LongRopeError
 from searcher.study import Outcome, Unit
 from workers.actor import create_worker
-from workers.model import ModelRequest
-from workers.scorer import Profile, Tokens, fingerprint
+from workers.model import ModelInfo, ModelRequest
+from workers.scorer import PoolRequest, Tokens
 
 ATTEMPTS = 3
 REPLACEMENTS = 3
 START_TIMEOUT = 1800.0  # seconds; reading the weights of a large model from a slow disk
-
-
-@dataclass(frozen=True)
-class PoolRequest:
-    """How many workers, and where.
-
-    Attributes
-    ----------
-    workers: how many; each holds the whole model.
-    gpus_per_worker: GPUs of one worker; 0 on CPU; fractions share a card.
-    ray_address: None starts a cluster on this machine and stops it at the end; an address joins one.
-    """
-
-    workers: int
-    gpus_per_worker: float = 0.0
-    ray_address: str | None = None
 
 
 @dataclass
@@ -64,26 +48,23 @@ class RayScorer:
     """
 
     def __init__(self, request: ModelRequest, tokens: Tokens, pool: PoolRequest) -> None:
-        if pool.workers < 1:
-            raise LongRopeError(f"A pool needs at least 1 worker, not {pool.workers}.")
-        if pool.gpus_per_worker == 0 and request.device == "auto":
-            request = replace(request, device="cpu")
-        self._request = request
-        self._pool = pool
-        self._own_cluster = _connect(pool, request.threads)
+        _connect(pool, request.threads)
+        self._own_cluster = pool.ray_address is None
+        self._places: list[_Place] = []
+        self._attempts: dict[str, int] = {}
         try:
-            _check_resources(pool, request.threads)
+            self._gpus, count = _settle(pool, request.threads)
+            self._request = replace(request, device="cuda" if self._gpus else "cpu")
             self._shared = ray.put(dict(tokens))
-            self._places = [_Place(number) for number in range(pool.workers)]
-            self._attempts: dict[str, int] = {}
-            self.weights_sha256, self.profile = self._start_all()
+            self._places = [_Place(number) for number in range(count)]
+            self.info = self._start_all()
         except BaseException:
             self.close()
             raise
 
     @property
     def fingerprint(self) -> str:
-        return fingerprint(self.weights_sha256, self.profile)
+        return self.info.fingerprint
 
     def worker_pids(self) -> list[int]:
         """Process ids of the workers alive."""
@@ -91,16 +72,12 @@ class RayScorer:
         return pids
 
     def close(self) -> None:
-        """Stop the workers, and the cluster where this pool started it."""
-        if not ray.is_initialized():
-            return
-        for place in getattr(self, "_places", []):
-            if place.actor is not None:
-                ray.kill(place.actor)
-        if self._own_cluster:
+        """Stop the workers, and the cluster where this pool started it; else leave the cluster."""
+        if ray.is_initialized():
+            for place in self._places:
+                if place.actor is not None:
+                    ray.kill(place.actor)
             ray.shutdown()
-        else:
-            ray.util.disconnect() if ray.util.client.ray.is_connected() else ray.shutdown()
 
     def evaluate(self, units: Sequence[Unit]) -> Iterator[Outcome]:
         """Outcomes as they finish."""
@@ -122,7 +99,7 @@ class RayScorer:
                 queue.appendleft(result)
         if queue:
             raise LongRopeError(
-                f"All {self._pool.workers} workers were lost, each {REPLACEMENTS} times in a row; look for the reason "
+                f"All {len(self._places)} workers were lost, each {REPLACEMENTS} times in a row; look for the reason "
                 "(memory above all), then go on with longrope resume."
             )
 
@@ -161,12 +138,12 @@ class RayScorer:
         place.losses += 1
         place.actor = None
         if place.losses < REPLACEMENTS:
-            place.actor = create_worker(self._request.threads, self._pool.gpus_per_worker)
+            place.actor = create_worker(self._request.threads, self._gpus)
             place.call = place.actor.start.remote(self._request, self._shared)
 
-    def _start_all(self) -> tuple[str, Profile]:
+    def _start_all(self) -> ModelInfo:
         for place in self._places:
-            place.actor = create_worker(self._request.threads, self._pool.gpus_per_worker)
+            place.actor = create_worker(self._request.threads, self._gpus)
         calls = [place.actor.start.remote(self._request, self._shared) for place in self._places]
         try:
             described = ray.get(calls, timeout=START_TIMEOUT)
@@ -174,20 +151,20 @@ class RayScorer:
             raise _unwrapped(error) from error
         except GetTimeoutError as error:
             raise LongRopeError(
-                f"The {self._pool.workers} workers did not start within {START_TIMEOUT:.0f} s; look at the cluster "
+                f"The {len(self._places)} workers did not start within {START_TIMEOUT:.0f} s; look at the cluster "
                 "with `ray status`."
             ) from error
         except RayActorError as error:
             raise LongRopeError(f"A worker died while it loaded {self._request.path}: {error}") from error
-        self.weights_sha256, self.profile = described[0]
+        self.info = described[0]
         for other in described[1:]:
             self._check_profile(other)
-        return self.weights_sha256, self.profile
+        return self.info
 
-    def _check_profile(self, described: tuple[str, Profile]) -> None:
-        if described != (self.weights_sha256, self.profile):
-            theirs = {"weights": described[0], **described[1]}
-            ours = {"weights": self.weights_sha256, **self.profile}
+    def _check_profile(self, other: ModelInfo) -> None:
+        if other.fingerprint != self.info.fingerprint:
+            theirs = {"weights": other.weights_sha256, **other.profile}
+            ours = {"weights": self.info.weights_sha256, **self.info.profile}
             unequal = sorted(name for name in ours if ours[name] != theirs.get(name))
             raise LongRopeError(
                 f"A worker differs from the first in {', '.join(unequal)}, so its scores would too; all workers of a "
@@ -201,37 +178,41 @@ def _unwrapped(error: RayTaskError) -> Exception:
     return cause if isinstance(cause, LongRopeError) else error
 
 
-def _connect(pool: PoolRequest, threads: int) -> bool:
-    """Start or join a cluster; whether it was started here."""
+def _connect(pool: PoolRequest, threads: int) -> None:
+    """Join the cluster that was named, or start one on this machine for this process alone."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if ray.is_initialized():
-        return False
     if pool.ray_address is not None:
         try:
             ray.init(address=pool.ray_address, log_to_driver=False, configure_logging=False)
-        except (ConnectionError, ValueError, RayError, RuntimeError) as error:
+        except (ConnectionError, ValueError, RuntimeError, RayError) as error:
             reason = " ".join(str(error).split())[:200]
             raise LongRopeError(f"No Ray cluster could be joined at {pool.ray_address}: {reason}") from error
-        return False
-    # A local cluster of its own needs no token, and must not leave one behind that later `ray start`s ask for.
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        return
+    cores = os.cpu_count() or 1
     ray.init(
-        num_cpus=max(os.cpu_count() or 1, pool.workers * threads),
+        address="local",
+        num_cpus=max(cores, (pool.workers or 1) * threads),  # more workers than cores share them
         include_dashboard=False,
         log_to_driver=False,
         configure_logging=False,
-        _node_ip_address="127.0.0.1",
     )
-    return True
 
 
-def _check_resources(pool: PoolRequest, threads: int) -> None:
-    """Ray waits silently for resources that a cluster does not have; this says so at once."""
+def _settle(pool: PoolRequest, threads: int) -> tuple[float, int]:
+    """GPUs a worker, and the number of workers: what was asked for, or what the cluster has room for.
+
+    Ray waits silently for resources that a cluster does not have; this says so at once.
+    """
     total = ray.cluster_resources()
-    for resource, each, flag in (("GPU", pool.gpus_per_worker, "--gpus-per-worker"), ("CPU", threads, "--threads")):
-        needed, there = pool.workers * each, total.get(resource, 0)
-        if needed > there:
-            raise LongRopeError(
-                f"{pool.workers} workers need {needed:g} {resource}s, but the Ray cluster has {there:g}; "
-                f"lower --workers or {flag}, or join a larger cluster with --ray-address."
-            )
+    gpus = pool.gpus_per_worker if pool.gpus_per_worker is not None else float(total.get("GPU", 0) >= 1)
+    needs = {"GPU": gpus, "CPU": float(threads)}
+    room = min(int(total.get(kind, 0) / need) for kind, need in needs.items() if need)
+    workers = pool.workers or room
+    if workers < 1 or workers > room:
+        have = ", ".join(f"{total.get(kind, 0):g} {kind}s" for kind, need in needs.items() if need)
+        want = ", ".join(f"{need:g} {kind}s" for kind, need in needs.items() if need)
+        raise LongRopeError(
+            f"{max(workers, 1)} workers of {want} each were asked for, but the Ray cluster has {have}; lower "
+            "--workers, --gpus-per-worker or --threads, or join a larger cluster with --ray-address."
+        )
+    return gpus, workers

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
+import os
 import platform
+import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -17,18 +19,36 @@ import torch
 from searcher.errors import LongRopeError
 from searcher.rope import Factors
 from searcher.study import Document, Outcome, Unit
-from workers.model import LoadedModel, ModelRequest, load_model, model_digest, resolve_folder
+from workers.model import LoadedModel, ModelInfo, ModelRequest, load_model, model_digest, resolve_folder
 from workers.perplexity import LOGITS_AT_ONCE, SCORER_VERSION, negative_log_likelihood
 
+if TYPE_CHECKING:
+    from workers.pool import RayScorer
+
 Tokens = Mapping[str, npt.NDArray[np.uint32]]  # Document.sha256 -> tokens of the window
-Profile = dict[str, str | int | None]
 
 
-def describe(loaded: LoadedModel, request: ModelRequest) -> Profile:
-    """The numerics profile: with the model and the window, everything that decides the last bit of a score."""
+@dataclass(frozen=True)
+class PoolRequest:
+    """How many Ray workers, and where.
+
+    Attributes
+    ----------
+    workers: each holds the whole model; None takes what the cluster has room for.
+    gpus_per_worker: 0 on CPU, fractions share a card; None takes 1 where the cluster has GPUs.
+    ray_address: None starts a cluster on this machine and stops it at the end; an address joins one.
+    """
+
+    workers: int | None = None
+    gpus_per_worker: float | None = None
+    ray_address: str | None = None
+
+
+def describe(loaded: LoadedModel, request: ModelRequest) -> ModelInfo:
+    """The model's identity, geometry and numerics profile."""
     import transformers
 
-    return {
+    profile = {
         **loaded.settings,
         "threads": request.threads,
         "logits_at_once": LOGITS_AT_ONCE,
@@ -37,12 +57,8 @@ def describe(loaded: LoadedModel, request: ModelRequest) -> Profile:
         "transformers": transformers.__version__,
         "machine": platform.machine(),
     }
-
-
-def fingerprint(weights_sha256: str, profile: Profile) -> str:
-    """SHA-256 of model and numerics profile; see ``searcher.study.evaluation_key``."""
-    text = json.dumps({"model": weights_sha256, "profile": profile}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    weights = model_digest(resolve_folder(request.path))
+    return ModelInfo(weights, profile, loaded.spec, loaded.shipped, loaded.pairing)
 
 
 def score_unit(loaded: LoadedModel, tokens: Tokens, key: str, factors: Factors | None, document: Document) -> Outcome:
@@ -63,6 +79,27 @@ def check_vocabulary(loaded: LoadedModel, tokens: Tokens) -> None:
         )
 
 
+@contextmanager
+def open_scorer(request: ModelRequest, tokens: Tokens, pool: PoolRequest | None) -> Iterator[LocalScorer | RayScorer]:
+    """A scorer over Ray workers, or in this process where ``pool`` is None; closed on exit."""
+    if pool is None:
+        yield LocalScorer(request, tokens)
+        return
+    # Read when ray is imported: a cluster of our own speaks on the loopback interface only, and needs a token that
+    # no other user of the machine has.
+    if pool.ray_address is None:
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    from workers.pool import RayScorer
+
+    scorer = RayScorer(request, tokens, pool)
+    try:
+        yield scorer
+    finally:
+        scorer.close()
+
+
 class LocalScorer:
     """A ``searcher.study.Scorer`` in this process.
 
@@ -76,14 +113,13 @@ class LocalScorer:
         if request.device == "cpu" or not torch.cuda.is_available():
             torch.use_deterministic_algorithms(True)
         self.loaded = load_model(request)
-        self.weights_sha256 = model_digest(resolve_folder(request.path))
-        self.profile = describe(self.loaded, request)
+        self.info = describe(self.loaded, request)
         self._tokens = tokens
         check_vocabulary(self.loaded, tokens)
 
     @property
     def fingerprint(self) -> str:
-        return fingerprint(self.weights_sha256, self.profile)
+        return self.info.fingerprint
 
     def evaluate(self, units: Sequence[Unit]) -> Iterator[Outcome]:
         """One unit after the other, in the order given."""
@@ -94,6 +130,3 @@ class LocalScorer:
                 reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
                 outcome = Outcome(unit.key, None, 0, failure=reason)
             yield replace(outcome, worker="local")
-
-    def close(self) -> None:
-        """Nothing to release: the model goes with the process."""

@@ -1,0 +1,529 @@
+"""The command ``longrope``: parses, calls, prints. Heavy imports live inside the commands, so that help is instant."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from searcher.errors import LongRopeError
+
+if TYPE_CHECKING:
+    from runs import Run
+    from storage.repository import Repository
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Search LongRoPE rescale factors: let a language model read further than it was trained to.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+studies_app = typer.Typer(invoke_without_command=True, help="List studies, show one, delete one.")
+app.add_typer(studies_app, name="studies")
+
+DEFAULT_STORAGE = "sqlite:///longrope.db"
+
+Model = Annotated[str | None, typer.Option(help="Model folder or hub name; the reference model if not given.")]
+Data = Annotated[
+    list[str] | None,
+    typer.Option(help="Text: file, folder, glob, .jsonl, .parquet or a datasets name; may be given often."),
+]
+SelectionData = Annotated[list[str] | None, typer.Option(help="Text of the selection set, where you name the sets.")]
+TestData = Annotated[list[str] | None, typer.Option(help="Text of the test set, where you name the sets.")]
+TextColumn = Annotated[str, typer.Option(help="Column of JSONL and parquet that holds the text.")]
+Storage = Annotated[str, typer.Option(envvar="LONGROPE_STORAGE", help="SQLAlchemy URL of the store.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+Workers = Annotated[
+    int | None, typer.Option(help="Ray workers, each with the whole model; one a core or GPU if not given.")
+]
+GpusPerWorker = Annotated[
+    float | None, typer.Option(min=0, help="GPUs of one worker; 0 runs on CPU; 1 if not given and there are any.")
+]
+RayAddress = Annotated[str | None, typer.Option(help="Join this Ray cluster instead of starting one here.")]
+InProcess = Annotated[bool, typer.Option("--in-process", help="Score in this process, without Ray: for debugging.")]
+Out = Annotated[Path, typer.Option(help="Folder the factor file is written to.")]
+Dtype = Annotated[str, typer.Option(help="auto (the model's), float32, bfloat16 or float16.")]
+Attention = Annotated[
+    str, typer.Option(help="Attention kernel: auto, sdpa, eager, flash_attention_2, flash_attention_3.")
+]
+SlidingWindow = Annotated[str | None, typer.Option(help="For windowed attention: keep, off or a number of tokens.")]
+OriginalLength = Annotated[int | None, typer.Option(help="The trained window, where the config does not say it.")]
+Threads = Annotated[int, typer.Option(min=1, help="CPU threads of a worker.")]
+Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
+
+
+@app.command()
+def launch(
+    model: Model = None,
+    data: Data = None,
+    target: Annotated[str, typer.Option(help="Target length: tokens, or 128k, 1M, 8x (times the window).")] = "8x",
+    study: Annotated[str | None, typer.Option(help="Name of the study; made up if not given.")] = None,
+    storage: Storage = DEFAULT_STORAGE,
+    preset: Annotated[
+        str | None, typer.Option(help="paper, paper-xl or quick; by model and target if not given.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of all randomness of the study.")] = 0,
+    workers: Workers = None,
+    gpus_per_worker: GpusPerWorker = None,
+    ray_address: RayAddress = None,
+    in_process: InProcess = False,
+    out: Out = Path(),
+    selection_data: SelectionData = None,
+    test_data: TestData = None,
+    text_column: TextColumn = "text",
+    search_documents: Annotated[int | None, typer.Option(min=1, help="Documents of the search set.")] = None,
+    selection_documents: Annotated[int | None, typer.Option(min=1, help="Documents of the selection set.")] = None,
+    test_documents: Annotated[int | None, typer.Option(min=1, help="Documents of the test set.")] = None,
+    windows: Annotated[
+        str | None, typer.Option(help="Windows of a document by set, such as search=1,selection=2,test=4.")
+    ] = None,
+    population: Annotated[int | None, typer.Option(help="Individuals of the first generation.")] = None,
+    parents: Annotated[int | None, typer.Option(help="Best individuals that children are made from.")] = None,
+    mutants: Annotated[int | None, typer.Option(help="Mutants of a generation.")] = None,
+    crosses: Annotated[int | None, typer.Option(help="Crosses of a generation.")] = None,
+    generations: Annotated[int | None, typer.Option(help="Generations after the first.")] = None,
+    mutation_probability: Annotated[float | None, typer.Option(help="Chance that a factor mutates.")] = None,
+    mutation: Annotated[str | None, typer.Option(help="neighbours (the paper's), range or lognormal.")] = None,
+    upper_ratio: Annotated[float, typer.Option(help="Upper bound of a factor, in units of the scale.")] = 1.25,
+    n_hats: Annotated[str | None, typer.Option(help="Choices of n_hat, such as 0,4,16; 0 alone leaves it out.")] = None,
+    attention_factor: Annotated[str, typer.Option(help="su, yarn, none or a number.")] = "su",
+    seed_factors: Annotated[list[Path] | None, typer.Option(help="Factor file whose factors join the seeds.")] = None,
+    finalists: Annotated[int, typer.Option(min=1, help="How many are re-scored on the selection set.")] = 8,
+    dtype: Dtype = "auto",
+    attention: Attention = "auto",
+    sliding_window: SlidingWindow = None,
+    original_length: OriginalLength = None,
+    threads: Threads = 1,
+    trust_remote_code: Remote = False,
+    as_json: AsJson = False,
+) -> None:
+    """Start a search. All defaults: the reference model at 8 times its window, on text that is already here.
+
+    Example: longrope launch --model ./my-model --data ./books --target 128k --gpus-per-worker 1
+    """
+    from runs import Run
+    from searcher.plan import SearchSettings, default_preset, parse_choices, parse_length
+    from searcher.plan import preset as preset_of
+    from searcher.space import N_HATS
+    from storage.repository import Repository
+    from workers.corpus import CorpusRequest
+    from workers.model import ModelRequest, read_original_length, resolve_folder
+    from workers.reference import MODEL_DIR
+    from workers.scorer import PoolRequest
+
+    if model is not None and not data:
+        raise LongRopeError("Name text for your model with --data: a file, a folder, a glob, JSONL or parquet.")
+    path = model or str(MODEL_DIR)
+    folder = resolve_folder(path)
+    length = parse_length(target, original_length or read_original_length(path))
+    chosen = preset or ("quick" if model is None else default_preset(length))
+    overrides = {
+        "population": population,
+        "parents": parents,
+        "mutants": mutants,
+        "crosses": crosses,
+        "generations": generations,
+        "probability": mutation_probability,
+        "mutation": mutation,
+    }
+    settings = SearchSettings(
+        target_length=length,
+        preset=chosen,
+        evolution=preset_of(chosen, overrides),
+        seed=seed,
+        attention=attention_factor,
+        upper_ratio=upper_ratio,
+        n_hats=N_HATS if n_hats is None else parse_choices(n_hats),
+        finalists=finalists,
+        seed_factors=_read_seed_factors(seed_factors or []),
+    )
+    counts = {"search": search_documents, "selection": selection_documents, "test": test_documents}
+    corpus = CorpusRequest(
+        sources=tuple(data or ()),
+        selection=tuple(selection_data or ()),
+        test=tuple(test_data or ()),
+        text_column=text_column,
+        documents={part: count for part, count in counts.items() if count is not None},
+        windows=_parse_windows(windows),
+        seed=seed,
+    )
+    request = ModelRequest(
+        path=str(folder) if Path(path).exists() else path,
+        target_length=length,
+        dtype=dtype,
+        attention=attention,
+        sliding_window=sliding_window,
+        original_length=original_length,
+        threads=threads,
+        trust_remote_code=trust_remote_code,
+    )
+    repository = Repository(storage)
+    if study is None:
+        study = _free_name(repository, f"{folder.name}-{length}-seed{seed}")
+    elif study in {summary.name for summary in repository.studies()}:
+        raise LongRopeError(f"There is a study {study!r} already: `longrope resume {study}`, or choose another name.")
+    pool = None if in_process else PoolRequest(workers, gpus_per_worker, ray_address)
+    _run(repository, Run(study, request, corpus, settings, pool, out), as_json, is_new=True)
+
+
+@app.command()
+def resume(
+    study: Annotated[str, typer.Argument(help="Name of the study.")],
+    storage: Storage = DEFAULT_STORAGE,
+    workers: Workers = None,
+    gpus_per_worker: GpusPerWorker = None,
+    ray_address: RayAddress = None,
+    in_process: InProcess = False,
+    accept_numerics: Annotated[
+        bool, typer.Option("--accept-numerics", help="Go on with other hardware or software, and lose bit-identity.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder the factor file is written to; as launched if not given.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Go on with a study after any interruption.
+
+    Example: longrope resume my-study
+    """
+    from runs import Run
+    from storage.repository import Repository
+    from workers.scorer import PoolRequest
+
+    repository = Repository(storage)
+    record = repository.study(study)
+    if record.status == "finished":
+        raise LongRopeError(
+            f"The study {study} is finished, so there is nothing to resume; `longrope export {study}` writes its "
+            f"factors and `longrope studies show {study}` its tables."
+        )
+    stored = Run.from_json(study, record.settings)
+    given: dict[str, Any] = {"workers": workers, "gpus_per_worker": gpus_per_worker, "ray_address": ray_address}
+    changed = {key: value for key, value in given.items() if value is not None}
+    pool = replace(stored.pool or PoolRequest(), **changed) if changed or stored.pool else None
+    run = replace(stored, pool=None if in_process else pool, out=out or stored.out)
+    _run(repository, run, as_json, is_new=False, accept_numerics=accept_numerics)
+
+
+def _parse_windows(text: str | None) -> dict[str, int]:
+    from searcher.study import PARTS
+
+    windows = {}
+    for item in text.split(",") if text else ():
+        part, _, number = item.strip().partition("=")
+        if part not in PARTS or not number.isdigit() or int(number) < 1:
+            raise LongRopeError(f"--windows takes a number by set, such as search=1,selection=2,test=4, not {text!r}.")
+        windows[part] = int(number)
+    return windows
+
+
+def _read_seed_factors(paths: list[Path]) -> dict[str, tuple[tuple[float, ...], int]]:
+    from storage.factor_file import read
+
+    seeds = {}
+    for path in paths:
+        for regime in read(path).regimes:
+            if not regime.factors.shared:
+                raise LongRopeError(f"{path} holds factors that differ by layer; seeds are one list for all layers.")
+            seeds[f"{path.stem}_{regime.max_length}"] = (regime.factors.by_layer()[0], regime.factors.n_hat)
+    return seeds
+
+
+def _free_name(repository: Repository, base: str) -> str:
+    taken = {summary.name for summary in repository.studies()}
+    names = [base, *(f"{base}-{n}" for n in range(2, len(taken) + 3))]
+    return next(name for name in names if name not in taken)
+
+
+def _run(repository: Repository, run: Run, as_json: bool, is_new: bool, accept_numerics: bool = False) -> None:
+    from runs import run as run_study
+    from storage.report import perplexity_table
+    from storage.results import perplexities
+
+    console = Console(stderr=as_json)
+    try:
+        finished = run_study(repository, run, console, is_new, accept_numerics)
+    except KeyboardInterrupt:
+        known = run.name in {summary.name for summary in repository.studies()}
+        advice = f"what was computed is kept. Go on with: longrope resume {run.name}" if known else "nothing had begun."
+        console.print(f"\nStopped; {advice}", highlight=False)
+        raise typer.Exit(130) from None
+    result = finished.result
+    if not as_json:
+        console.print(perplexity_table(result, "test"))
+        console.print(f"{result['forwards']} document forwards, {finished.seconds:.0f} s in all", highlight=False)
+        console.print(f"factors: {finished.factors}", highlight=False, soft_wrap=True)
+        return
+    tables = {
+        part + suffix: perplexities(result, part, at_study)
+        for part in result["scores"]
+        for suffix, at_study in (("", False), ("_at_study_attention", True))
+    }
+    _print_json(
+        {
+            "study": run.name,
+            "factors": str(finished.factors),
+            "target": run.model.target_length,
+            "scale": result["scale"],
+            **tables,
+            "attention_factor": result["attention_factor"],
+            "cost": result["forwards"],
+            "seconds": round(finished.seconds, 3),
+        }
+    )
+
+
+def _print_json(value: object) -> None:
+    """JSON has no infinity: a perplexity that overflowed is null."""
+
+    def finite(inner: Any) -> Any:
+        if isinstance(inner, dict):
+            return {key: finite(item) for key, item in inner.items()}
+        if isinstance(inner, list):
+            return [finite(item) for item in inner]
+        return None if isinstance(inner, float) and not math.isfinite(inner) else inner
+
+    print(json.dumps(finite(value), indent=2))
+
+
+@app.command()
+def evaluate(
+    model: Model = None,
+    data: Data = None,
+    factors: Annotated[Path | None, typer.Option(help="Factor file to show beside the baselines.")] = None,
+    lengths: Annotated[str, typer.Option(help="Lengths with commas between: 4096,128k or 1x,2x,8x.")] = "1x,2x,4x,8x",
+    windows: Annotated[int, typer.Option(min=1, help="Windows of a document, at most.")] = 2,
+    text_column: TextColumn = "text",
+    workers: Workers = None,
+    gpus_per_worker: GpusPerWorker = None,
+    ray_address: RayAddress = None,
+    in_process: InProcess = False,
+    dtype: Dtype = "auto",
+    attention: Attention = "auto",
+    sliding_window: SlidingWindow = None,
+    original_length: OriginalLength = None,
+    threads: Threads = 1,
+    trust_remote_code: Remote = False,
+    as_json: AsJson = False,
+) -> None:
+    """Perplexity of a model at several lengths: the factors of a file beside every baseline.
+
+    Without --data, the reference model's test documents. Example: longrope evaluate --factors my-study-factors.json
+    """
+    from searcher.plan import parse_length
+    from storage.factor_file import read
+    from storage.report import length_table
+    from workers.corpus import evaluation_windows
+    from workers.evaluate import perplexity_by_length
+    from workers.model import ModelRequest, load_tokenizer, read_original_length, resolve_folder
+    from workers.reference import MODEL_DIR
+    from workers.scorer import PoolRequest, open_scorer
+
+    if model is not None and not data:
+        raise LongRopeError("Name text for your model with --data: a file, a folder, a glob, JSONL or parquet.")
+    path = model or str(MODEL_DIR)
+    folder = resolve_folder(path)
+    trained = original_length or read_original_length(path)
+    wanted = sorted({parse_length(part.strip(), trained) for part in lengths.split(",")})
+    file = read(factors) if factors is not None else None
+    request = ModelRequest(
+        path=path,
+        target_length=wanted[-1],
+        dtype=dtype,
+        attention=attention,
+        sliding_window=sliding_window,
+        original_length=original_length,
+        threads=threads,
+        trust_remote_code=trust_remote_code,
+    )
+    tokenizer = load_tokenizer(folder, trust_remote_code)
+    by_length = {
+        length: evaluation_windows(tuple(data or ()), text_column, tokenizer, length, windows) for length in wanted
+    }
+    tokens = {w.document.sha256: w.tokens for found in by_length.values() for w in found}
+    documents = {length: [w.document for w in found] for length, found in by_length.items()}
+    pool = None if in_process else PoolRequest(workers, gpus_per_worker, ray_address)
+    with open_scorer(request, tokens, pool) as scorer:
+        if file is not None and file.model.weights_sha256 != scorer.info.weights_sha256:
+            Console(stderr=True).print(f"Note: {factors} was searched on other weights ({file.model.name}).")
+        regimes = [] if file is None else [(r.min_length, r.max_length, r.factors) for r in file.regimes]
+        rows = perplexity_by_length(scorer, documents, regimes)
+    if as_json:
+        sizes = {str(n): {"windows": len(d), "tokens_scored": len(d) * (n - 1)} for n, d in documents.items()}
+        table = {method: {str(n): value for n, value in row.items()} for method, row in rows.items()}
+        _print_json({"model": path, "perplexity": table, "documents": sizes})
+        return
+    console = Console()
+    console.print(length_table(wanted, rows))
+    for length, found in documents.items():
+        console.print(f"{length}: {len(found)} windows, {len(found) * (length - 1)} tokens scored", highlight=False)
+
+
+@app.command()
+def export(
+    source: Annotated[str, typer.Argument(help="A finished study's name, or a factor file.")],
+    to: Annotated[
+        str, typer.Option(help="json, transformers-config (a patch) or transformers (a model folder).")
+    ] = "json",
+    out: Annotated[
+        Path | None, typer.Option(help="File or folder to write; made up in this folder if not given.")
+    ] = None,
+    method: Annotated[str, typer.Option(help="searched, or a baseline of the study: yarn, ntk, pi, ...")] = "searched",
+    model: Annotated[str | None, typer.Option(help="Model folder, where it is not the study's any more.")] = None,
+    storage: Storage = DEFAULT_STORAGE,
+    as_json: AsJson = False,
+) -> None:
+    """Write the factors of a study: the factor file, or what plain transformers loads.
+
+    Example: longrope export my-study --to transformers --out ./my-model-128k
+    """
+    from runs import study_factor_file
+    from storage.exports import exportable, transformers_folder, transformers_patch
+    from storage.factor_file import read, write
+    from workers.model import NO_WINDOW, model_digest, read_config_json, resolve_folder
+
+    window: int | None = None
+    given = Path(source)
+    if given.suffix == ".json" and given.is_file():
+        if method != "searched":
+            raise LongRopeError("--method takes a study's name before it; a factor file holds one method's factors.")
+        name, file = given.stem.removesuffix("-factors"), read(given)
+    else:
+        from storage.repository import Repository
+
+        name = source
+        record = Repository(storage).study(name)
+        if record.result is None:
+            raise LongRopeError(f"The study {name} is not finished; go on with `longrope resume {name}`, then export.")
+        file = study_factor_file(name, record.settings, record.result, method)
+        model = model or record.settings["model"]["path"]
+        wish = record.settings["model"]["sliding_window"]
+        window = NO_WINDOW if wish == "off" else int(wish) if wish and wish.isdigit() else None
+    stem = name if method == "searched" else f"{name}-{method}"
+    regime = file.regimes[-1]
+    if to == "json":
+        target = out or Path(f"{stem}-factors.json")
+        write(target, file)
+        notes: list[str] = []
+    elif to in ("transformers", "transformers-config"):
+        if model is None:
+            raise LongRopeError("A factor file does not hold the model; name its folder with --model.")
+        folder = resolve_folder(model)
+        if model_digest(folder) != file.model.weights_sha256:
+            raise LongRopeError(f"{model} is not the model these factors were searched on ({file.model.name}).")
+        if to == "transformers":
+            target = out or Path(f"{stem}-transformers")
+            notes = transformers_folder(file, regime, folder, target, window).lines()
+        else:
+            target = out or Path(f"{stem}-config-patch.json")
+            taken = exportable(regime)
+            config = read_config_json(folder)
+            patch = transformers_patch(file.model, taken.factors, regime.max_length, config, window)
+            _write_text(target, json.dumps(patch, indent=2) + "\n")
+            notes = taken.lines()
+    else:
+        raise LongRopeError(f"--to is json, transformers-config or transformers, not {to!r}.")
+    if as_json:
+        _print_json({"written": str(target), "form": to, "notes": notes})
+        return
+    console = Console()
+    for note in notes:
+        console.print(note, highlight=False)
+    console.print(f"written: {target}", highlight=False, soft_wrap=True)
+
+
+def _write_text(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise LongRopeError(f"{path} cannot be written: {error.strerror}.") from error
+
+
+@studies_app.callback()
+def studies(context: typer.Context, storage: Storage = DEFAULT_STORAGE, as_json: AsJson = False) -> None:
+    """List studies, show one, delete one.
+
+    Example: longrope studies show my-study
+    """
+    if context.invoked_subcommand is not None:
+        return
+    from storage.report import studies_table
+    from storage.repository import Repository
+
+    summaries = Repository(storage).studies()
+    if as_json:
+        _print_json(
+            [{**asdict(s), "created_at": str(s.created_at), "updated_at": str(s.updated_at)} for s in summaries]
+        )
+    elif summaries:
+        Console().print(studies_table(summaries))
+    else:
+        Console().print("No studies in this store yet; `longrope launch` starts one.", highlight=False)
+
+
+@studies_app.command("show")
+def show_study(
+    study: Annotated[str, typer.Argument(help="Name of the study.")],
+    storage: Storage = DEFAULT_STORAGE,
+    as_json: AsJson = False,
+) -> None:
+    """Settings, progress and results of one study.
+
+    Example: longrope studies show my-study --json
+    """
+    from storage.report import perplexity_table, progress_table
+    from storage.repository import Repository
+
+    repository = Repository(storage)
+    record = repository.study(study)
+    rows = repository.generations(study)
+    if as_json:
+        shown = {key: value for key, value in asdict(record).items() if key not in ("created_at", "updated_at")}
+        _print_json({**shown, "candidates": len(rows), "failures": [row.failure for row in rows if row.failure]})
+        return
+    console = Console()
+    console.print(f"{study}: {record.status}, {record.settings['model']['path']}", highlight=False, soft_wrap=True)
+    console.print(progress_table(rows))
+    if record.result is not None:
+        for part in record.result["scores"]:
+            console.print(perplexity_table(record.result, part))
+
+
+@studies_app.command("delete")
+def delete_study(
+    study: Annotated[str, typer.Argument(help="Name of the study.")],
+    storage: Storage = DEFAULT_STORAGE,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Delete a study and every evaluation that no other study uses.
+
+    Example: longrope studies delete my-study --yes
+    """
+    from storage.repository import Repository
+
+    repository = Repository(storage)
+    repository.study(study)
+    if not yes:
+        typer.confirm(f"Delete the study {study} and what it computed?", abort=True)
+    repository.delete_study(study)
+
+
+def main() -> None:
+    """Run the command; a user's mistake is one line on standard error and exit status 1."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except LongRopeError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

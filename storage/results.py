@@ -1,0 +1,126 @@
+"""What a finished search leaves: as JSON in the store, as a factor file, as rows of a table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from searcher.errors import LongRopeError
+from searcher.plan import SearchSettings
+from searcher.rope import Factors
+from searcher.study import AT_STUDY_ATTENTION, SHORT, WITHOUT_N_HAT, Score, SearchPlan, SearchResult
+from storage.factor_file import FactorFile, ModelIdentity, Regime, RegimeScore, WithoutNHat
+
+Result = dict[str, Any]
+
+
+def result_json(
+    plan: SearchPlan, result: SearchResult, windows: Mapping[str, tuple[int, int]], computed_by: Mapping[str, object]
+) -> Result:
+    """A search's result as plain values.
+
+    Parameters
+    ----------
+    windows: part -> (number of windows, tokens of each).
+    computed_by: software versions and kernels.
+    """
+    rows = dict(plan.baselines)
+    rows["searched"] = result.winner.factors
+    if result.without_n_hat is not None:
+        rows[WITHOUT_N_HAT] = result.without_n_hat.factors
+    return {
+        "factors": {name: asdict(factors) for name, factors in rows.items()},
+        "scores": {
+            part: {
+                name: {
+                    "nll": score.nll if math.isfinite(score.nll) else None,
+                    "tokens": score.tokens,
+                    "failure": score.failure,
+                }
+                for name, score in table.items()
+            }
+            for part, table in result.scores.items()
+        },
+        "windows": {part: list(size) for part, size in windows.items()},
+        "origin": result.winner.origin,
+        "scale": windows["search"][1] / windows[SHORT][1],
+        "attention_factor": plan.attention_factor,
+        "forwards": result.forwards,
+        "computed_by": dict(computed_by),
+        "history": list(result.history),
+    }
+
+
+def scores(result: Result, part: str) -> dict[str, Score]:
+    """Method -> score on one part; methods under the study's attention factor end in ``@study``."""
+    return {
+        name: Score(float(row["nll"]) if row["nll"] is not None else float("inf"), row["tokens"], row["failure"])
+        for name, row in result["scores"][part].items()
+    }
+
+
+def perplexities(result: Result, part: str, at_study_attention: bool = False) -> dict[str, float]:
+    """Method -> perplexity on one part, each under its own attention factor or each under the study's."""
+    table = scores(result, part)
+    methods = [name for name in table if not name.endswith(AT_STUDY_ATTENTION)]
+    if not at_study_attention:
+        return {name: table[name].perplexity for name in methods}
+    return {name: table.get(name + AT_STUDY_ATTENTION, table[name]).perplexity for name in methods}
+
+
+def factors_of(result: Result, method: str) -> Factors:
+    """The factors of a method of the result's tables.
+
+    Raises
+    ------
+    LongRopeError
+        No such method.
+    """
+    if method not in result["factors"]:
+        known = ", ".join(result["factors"])
+        raise LongRopeError(f"The study has no factors for {method!r}; it has {known}.")
+    row = result["factors"][method]
+    return Factors(tuple(row["lambdas"]), int(row["n_hat"]), float(row["attention_factor"]))
+
+
+def factor_file(
+    model: ModelIdentity,
+    settings: SearchSettings,
+    result: Result,
+    provenance: Mapping[str, object],
+    method: str = "searched",
+) -> FactorFile:
+    """The factor file of a study: one regime, from just above the original length to the target.
+
+    Parameters
+    ----------
+    method: ``searched``, or a baseline's name.
+    provenance: see ``FactorFile``.
+    """
+    factors = factors_of(result, method)
+    alternative = None
+    if method == "searched" and factors.n_hat > 0 and WITHOUT_N_HAT in result["factors"]:
+        alternative = WithoutNHat(factors_of(result, WITHOUT_N_HAT), _regime_scores(result, WITHOUT_N_HAT))
+    # A baseline keeps the attention factor of its own method, which is a number here, not the study's policy.
+    policy = settings.attention if method == "searched" else repr(factors.attention_factor)
+    regime = Regime(
+        min_length=model.original_length + 1,
+        max_length=settings.target_length,
+        factors=factors,
+        attention_policy=policy,
+        scores=_regime_scores(result, method),
+        without_n_hat=alternative,
+    )
+    return FactorFile(model, (regime,), provenance)
+
+
+def _regime_scores(result: Result, method: str) -> dict[str, RegimeScore]:
+    found = {}
+    for part in result["scores"]:
+        score = scores(result, part).get(method)
+        if score is not None and score.failure is None:
+            count, length = result["windows"][part]
+            found[part] = RegimeScore(score.perplexity, score.tokens, count, length)
+    return found

@@ -1,0 +1,133 @@
+"""The documents of a study: which text, how much of it, and how it is dealt into sets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from searcher.errors import LongRopeError
+from searcher.study import PARTS, SHORT
+from workers.dataset import (
+    DEFAULT_QUOTAS,
+    DocumentSets,
+    Quota,
+    TokenisedDocument,
+    Window,
+    cut,
+    default_cache_dir,
+    draw_sets,
+    named_sets,
+    tokenise,
+)
+from workers.reference import held_out_documents
+from workers.sources import read_texts
+
+# The reference documents are few and named: every one is used.
+REFERENCE_QUOTAS: Mapping[str, Quota] = {"search": Quota(None, 1), "selection": Quota(None, 2), "test": Quota(None, 2)}
+
+
+@dataclass(frozen=True)
+class CorpusRequest:
+    """What ``--data`` and its companions say.
+
+    Attributes
+    ----------
+    sources: text for all sets, or for the search set alone where the others are named; empty for the modules of the
+        standard library that the reference model was not trained on.
+    selection, test: sources of those sets, where the user names them; both or neither.
+    text_column: of JSONL and parquet.
+    documents, windows: by part, how many documents and how many windows of each; missing parts take the defaults.
+    seed: of the deal.
+    """
+
+    sources: tuple[str, ...] = ()
+    selection: tuple[str, ...] = ()
+    test: tuple[str, ...] = ()
+    text_column: str = "text"
+    documents: Mapping[str, int] = field(default_factory=dict)
+    windows: Mapping[str, int] = field(default_factory=dict)
+    seed: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; ``from_json`` gives an equal object back. Paths become absolute, so resume works anywhere."""
+        data = asdict(self)
+        for name in ("sources", "selection", "test"):
+            data[name] = [str(Path(s).absolute()) if Path(s).exists() else s for s in data[name]]
+        return data
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> CorpusRequest:
+        """The inverse of ``to_json``."""
+        values = {f.name: data[f.name] for f in fields(cls)}
+        for name in ("sources", "selection", "test"):
+            values[name] = tuple(values[name])
+        return cls(**values)
+
+    def quotas(self) -> dict[str, Quota]:
+        """By part, in the order they are dealt."""
+        named = bool(self.selection or not self.sources)
+        defaults = DEFAULT_QUOTAS if self.sources else REFERENCE_QUOTAS
+        return {
+            part: Quota(
+                self.documents.get(part, None if named else defaults[part].documents),
+                self.windows.get(part, defaults[part].windows),
+            )
+            for part in PARTS
+        }
+
+
+def load_corpus(request: CorpusRequest, tokenizer: Any, length: int) -> DocumentSets:
+    """Read, tokenise (or take from the cache), cut and deal.
+
+    Raises
+    ------
+    LongRopeError
+        Sources are missing or empty, or too few documents hold ``length`` tokens.
+    """
+    if bool(request.selection) != bool(request.test):
+        raise LongRopeError(
+            "Name both --selection-data and --test-data, or neither: all sets are then drawn from --data."
+        )
+    if request.selection and not request.sources:
+        raise LongRopeError("Name the search documents with --data beside --selection-data and --test-data.")
+    cache = default_cache_dir()
+
+    def tokens(sources: tuple[str, ...]) -> list[TokenisedDocument]:
+        return tokenise(read_texts(sources, request.text_column), tokenizer, cache)
+
+    bos = tokenizer.bos_token_id
+    if not request.sources:
+        by_part = {part: tokens(tuple(str(path) for path in paths)) for part, paths in held_out_documents().items()}
+        return named_sets(by_part, length, request.quotas(), bos)
+    if request.selection:
+        by_part = {
+            part: tokens(sources)
+            for part, sources in zip(PARTS, (request.sources, request.selection, request.test), strict=True)
+        }
+        return named_sets(by_part, length, request.quotas(), bos)
+    return draw_sets(tokens(request.sources), length, request.quotas(), request.seed, bos)
+
+
+def study_windows(request: CorpusRequest, tokenizer: Any, length: int, original_length: int) -> DocumentSets:
+    """The sets of a search, and ``short``: the start of every test window as a window of the original length."""
+    sets = load_corpus(request, tokenizer, length)
+    bos = tokenizer.bos_token_id
+    skip = 0 if bos is None else 1
+    short: list[Window] = []
+    for window in sets.windows["test"]:
+        tokens = window.tokens[skip : skip + original_length]
+        start = TokenisedDocument(f"{window.document.name}/start", window.source, tokens)
+        short.extend(cut(start, original_length, 1, bos))
+    return replace(sets, windows={**sets.windows, SHORT: tuple(short)})
+
+
+def evaluation_windows(
+    sources: tuple[str, ...], text_column: str, tokenizer: Any, length: int, windows: int
+) -> tuple[Window, ...]:
+    """Windows of one length from every document that is long enough; the reference test documents if none is named."""
+    paths = sources or tuple(str(path) for path in held_out_documents()["test"])
+    documents = tokenise(read_texts(paths, text_column), tokenizer, default_cache_dir())
+    sets = named_sets({"test": documents}, length, {"test": Quota(None, windows)}, tokenizer.bos_token_id)
+    return sets.windows["test"]
