@@ -1,0 +1,233 @@
+"""What one study keeps: the driver's store, and the queries that read it back."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from itertools import groupby
+from typing import Any, TypeAlias
+
+from sqlalchemy import ColumnElement, Select, insert, select, update
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
+
+from searcher.errors import LongRopeError
+from searcher.rope import Factors
+from searcher.study import Candidate, Document, Outcome
+from storage.models import JSON, CandidateRow, Evaluation, Study, UnitRow, now
+
+Transactions: TypeAlias = "Callable[[], AbstractContextManager[Session]]"
+
+NOT_FINITE = "the loss is not finite"
+NOT_COMPUTED = "it could not be computed"
+
+
+class StudyStore:
+    """What one study keeps: ``searcher.study.Store`` for the driver that holds the study's lease.
+
+    Raises
+    ------
+    LongRopeError
+        By every method: the database failed, and what to do. By those that write: another driver took the study over.
+    """
+
+    def __init__(self, study_id: int, reading: Transactions, writing: Transactions) -> None:
+        self._study_id = study_id
+        self._reading = reading
+        self._writing = writing
+
+    def set_profile(self, profile: Mapping[str, JSON]) -> None:
+        """Fix the numerics profile, before the first evaluation; the same one again is fine.
+
+        Raises
+        ------
+        LongRopeError
+            The study has another profile, or outcomes that were computed without one.
+        """
+        with self._writing() as session:
+            study = session.get_one(Study, self._study_id)
+            wanted: dict[str, Any] = json.loads(json.dumps(dict(profile)))  # as it reads back: tuples are lists there
+            if study.profile is None:
+                mine = CandidateRow.study_id == self._study_id
+                if session.execute(units().where(mine, has_outcome()).limit(1)).first():
+                    raise LongRopeError(f"The study {study.name!r} has evaluations already; a profile comes too late.")
+                study.profile = wanted
+            elif study.profile != wanted:
+                keys = study.profile.keys() | wanted.keys()
+                changed = sorted(key for key in keys if study.profile.get(key) != wanted.get(key))
+                raise LongRopeError(
+                    f"The study {study.name!r} was begun under another numerics profile, which differs in "
+                    f"{', '.join(changed)}; go on where that one can be met, or start a new study."
+                )
+
+    def finish(self, result: Mapping[str, JSON]) -> None:
+        """Mark the study finished, with what it found."""
+        with self._writing() as session:
+            values = {"status": "finished", "result": dict(result)}
+            session.execute(update(Study).where(Study.id == self._study_id).values(values))
+
+    def candidates(self, stage: int, part: str, generation: int) -> list[Candidate] | None:
+        """A generation in ask order; None where it was never written."""
+        query = select(CandidateRow).where(*self._generation(stage, part, generation)).order_by(CandidateRow.child)
+        with self._reading() as session:
+            return [Candidate(factors_of(row), row.origin) for row in session.scalars(query)] or None
+
+    def add_generation(
+        self,
+        stage: int,
+        part: str,
+        generation: int,
+        candidates: Sequence[Candidate],
+        documents: Sequence[Document],
+        keys: Sequence[Sequence[str]],
+    ) -> None:
+        """Write a generation and its units: ``keys[i][j]`` is candidate i on document j. All or nothing.
+
+        A key that could not be computed in this study before is not tried again: its failure is copied.
+        """
+        if not candidates:
+            return
+        place = {"study_id": self._study_id, "stage": stage, "part": part, "generation": generation}
+        rows = [
+            {
+                **place,
+                "child": child,
+                "origin": candidate.origin,
+                "lambdas": candidate.factors.lambdas,
+                "n_hat": candidate.factors.n_hat,
+                "attention_factor": candidate.factors.attention_factor,
+            }
+            for child, candidate in enumerate(candidates)
+        ]
+        failures = (
+            select(UnitRow.key, UnitRow.failure)
+            .join(CandidateRow, CandidateRow.id == UnitRow.candidate_id)
+            .where(CandidateRow.study_id == self._study_id, UnitRow.failure.is_not(None))
+        )
+        with self._writing() as session:
+            failed = {row.key: row.failure for row in session.execute(failures)}
+            written = session.execute(insert(CandidateRow).returning(CandidateRow.child, CandidateRow.id), rows)
+            in_ask_order = sorted((row.child, row.id) for row in written)  # a RETURNING comes in any order
+            rows_of_units = [
+                {
+                    "candidate_id": candidate_id,
+                    "position": position,
+                    "document_name": document.name,
+                    "document_sha256": document.sha256,
+                    "document_length": document.length,
+                    "key": key,
+                    "failure": failed.get(key),
+                }
+                for (_, candidate_id), row in zip(in_ask_order, keys, strict=True)
+                for position, (document, key) in enumerate(zip(documents, row, strict=True))
+            ]
+            session.execute(insert(UnitRow), rows_of_units)
+
+    def outcomes(self, stage: int, part: str, generation: int) -> list[list[Outcome | None]]:
+        """By candidate and document: what is known, from this study or from any other that computed the same key."""
+        query = units(CandidateRow.child).where(*self._generation(stage, part, generation))
+        with self._reading() as session:
+            rows = session.execute(query.order_by(CandidateRow.child, UnitRow.position))
+            return [[outcome_of(*row) for _, *row in group] for _, group in groupby(rows, lambda row: row[0])]
+
+    def rekey(self, stage: int, part: str, generation: int, keys: Sequence[Sequence[str]]) -> None:
+        """Give units without an outcome new keys, after a change of the numerics profile that the user accepted."""
+        query = units(CandidateRow.child, UnitRow.candidate_id, UnitRow.position).where(
+            *self._generation(stage, part, generation), ~has_outcome()
+        )
+        with self._reading() as session:
+            changed = [
+                {"candidate_id": candidate_id, "position": position, "key": keys[child][position]}
+                for child, candidate_id, position, key, *_ in session.execute(query)
+                if key != keys[child][position]
+            ]
+        if changed:
+            with self._writing() as session:
+                session.execute(update(UnitRow), changed)
+
+    def record(self, outcome: Outcome) -> None:
+        """Keep what a worker returned: a value for every study, what has none for this one. The first value stays."""
+        if outcome.nll is None:
+            self._record_failure(outcome.key, outcome.failure or NOT_COMPUTED)
+            return
+        finite = math.isfinite(outcome.nll)
+        values = {
+            "key": outcome.key,
+            "nll": outcome.nll if finite else None,
+            "reason": None if finite else outcome.failure or NOT_FINITE,
+            "tokens": outcome.tokens,
+            "seconds": outcome.seconds,
+            "worker": outcome.worker,
+            "created_at": now(),
+        }
+        try:
+            with self._writing() as session:
+                session.execute(insert(Evaluation).values(values))
+        except IntegrityError:
+            with self._reading() as session:
+                if session.get(Evaluation, outcome.key) is None:
+                    raise
+
+    def _record_failure(self, key: str, failure: str) -> None:
+        mine = select(CandidateRow.id).where(CandidateRow.study_id == self._study_id)
+        first = UnitRow.failure.is_(None)
+        with self._writing() as session:
+            session.execute(
+                update(UnitRow)
+                .where(UnitRow.key == key, first, UnitRow.candidate_id.in_(mine))
+                .values(failure=failure)
+                .execution_options(synchronize_session=False)
+            )
+
+    def _generation(self, stage: int, part: str, generation: int) -> tuple[Any, ...]:
+        return (
+            CandidateRow.study_id == self._study_id,
+            CandidateRow.stage == stage,
+            CandidateRow.part == part,
+            CandidateRow.generation == generation,
+        )
+
+
+def units(*columns: Any) -> Select[Any]:
+    """Units with what is known of them: the given columns, then the parameters of outcome_of."""
+    value = (Evaluation.nll, Evaluation.reason, Evaluation.tokens, Evaluation.seconds, Evaluation.worker)
+    return (
+        select(*columns, UnitRow.key, UnitRow.failure, Evaluation.key, *value)
+        .select_from(CandidateRow)
+        .join(UnitRow, UnitRow.candidate_id == CandidateRow.id)
+        .outerjoin(Evaluation, Evaluation.key == UnitRow.key)
+    )
+
+
+def has_outcome() -> ColumnElement[bool]:
+    """Of a row of units(): whether anything is known of it."""
+    return UnitRow.failure.is_not(None) | Evaluation.key.is_not(None)
+
+
+def outcome_of(
+    key: str,
+    failure: str | None,
+    evaluated: str | None,
+    nll: float | None,
+    reason: str | None,
+    tokens: int,
+    seconds: float,
+    worker: str,
+) -> Outcome | None:
+    """What is known of a unit, from a row of units(); None: nothing yet.
+
+    A failure of this study goes first: another study's later value must not change this one's trajectory.
+    """
+    if failure is not None:
+        return Outcome(key, None, 0, failure=failure)
+    if evaluated is None:
+        return None
+    return Outcome(key, math.nan if nll is None else nll, tokens, seconds, worker, reason)
+
+
+def factors_of(row: CandidateRow) -> Factors:
+    """A candidate's factors, to the last bit."""
+    lambdas = tuple(tuple(value) if isinstance(value, list) else value for value in row.lambdas)
+    return Factors(lambdas, row.n_hat, row.attention_factor)
