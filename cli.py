@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -247,7 +248,8 @@ def _run(repository: Repository, run: Run, as_json: bool, is_new: bool, accept_n
     from storage.report import perplexity_table
     from storage.results import perplexities
 
-    console = Console(stderr=as_json)
+    console = _console(stderr=as_json)
+    signal.signal(signal.SIGTERM, _stop)  # what a scheduler sends before it kills: stop as cleanly as for Ctrl-C
     try:
         finished = run_study(repository, run, console, is_new, accept_numerics)
     except KeyboardInterrupt:
@@ -278,6 +280,16 @@ def _run(repository: Repository, run: Run, as_json: bool, is_new: bool, accept_n
             "seconds": round(finished.seconds, 3),
         }
     )
+
+
+def _console(stderr: bool = False) -> Console:
+    """A console that does not fold tables to 80 columns where nobody's terminal asks for it."""
+    console = Console(stderr=stderr)
+    return console if console.is_terminal else Console(stderr=stderr, width=120)
+
+
+def _stop(signum: int, frame: object) -> None:  # noqa: ARG001 - the shape of a signal handler
+    raise KeyboardInterrupt
 
 
 def _print_json(value: object) -> None:
@@ -352,7 +364,7 @@ def evaluate(
     pool = None if in_process else PoolRequest(workers, gpus_per_worker, ray_address)
     with open_scorer(request, tokens, pool) as scorer:
         if file is not None and file.model.weights_sha256 != scorer.info.weights_sha256:
-            Console(stderr=True).print(f"Note: {factors} was searched on other weights ({file.model.name}).")
+            _console(stderr=True).print(f"Note: {factors} was searched on other weights ({file.model.name}).")
         regimes = [] if file is None else [(r.min_length, r.max_length, r.factors) for r in file.regimes]
         rows = perplexity_by_length(scorer, documents, regimes)
     if as_json:
@@ -360,7 +372,7 @@ def evaluate(
         table = {method: {str(n): value for n, value in row.items()} for method, row in rows.items()}
         _print_json({"model": path, "perplexity": table, "documents": sizes})
         return
-    console = Console()
+    console = _console()
     console.print(length_table(wanted, rows))
     for length, found in documents.items():
         console.print(f"{length}: {len(found)} windows, {len(found) * (length - 1)} tokens scored", highlight=False)
@@ -433,7 +445,7 @@ def export(
     if as_json:
         _print_json({"written": str(target), "form": to, "notes": notes})
         return
-    console = Console()
+    console = _console()
     for note in notes:
         console.print(note, highlight=False)
     console.print(f"written: {target}", highlight=False, soft_wrap=True)
@@ -463,9 +475,9 @@ def studies(context: typer.Context, storage: Storage = DEFAULT_STORAGE, as_json:
             [{**asdict(s), "created_at": str(s.created_at), "updated_at": str(s.updated_at)} for s in summaries]
         )
     elif summaries:
-        Console().print(studies_table(summaries))
+        _console().print(studies_table(summaries))
     else:
-        Console().print("No studies in this store yet; `longrope launch` starts one.", highlight=False)
+        _console().print("No studies in this store yet; `longrope launch` starts one.", highlight=False)
 
 
 @studies_app.command("show")
@@ -488,7 +500,7 @@ def show_study(
         shown = {key: value for key, value in asdict(record).items() if key not in ("created_at", "updated_at")}
         _print_json({**shown, "candidates": len(rows), "failures": [row.failure for row in rows if row.failure]})
         return
-    console = Console()
+    console = _console()
     console.print(f"{study}: {record.status}, {record.settings['model']['path']}", highlight=False, soft_wrap=True)
     console.print(progress_table(rows))
     if record.result is not None:
