@@ -62,8 +62,8 @@ PRESETS: dict[str, Evolution] = {
     # Table 4 and appendix A: up to 256k, and above 512k with everything halved.
     "paper": Evolution(),
     "paper-xl": Evolution(population=32, parents=16, mutants=8, crosses=8),
-    # For small models: the same number of parents' children, fewer of them, steps of every size.
-    "quick": Evolution(population=32, parents=8, mutants=12, crosses=4, generations=24, mutation="lognormal"),
+    # For small models and small budgets: fewer parents, log-normal steps of every size (benchmarks/NOTES.md).
+    "quick": Evolution(population=32, parents=8, mutants=12, crosses=4, generations=13, mutation="lognormal"),
 }
 
 

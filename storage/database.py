@@ -5,9 +5,10 @@ All that is particular to one kind of database is here; the rest of the room is 
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,13 @@ def _tune_sqlite(engine: Engine) -> None:
         # in between; one that is immediate waits for its turn.
         writes = connection.get_execution_options().get(WRITES)
         connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+    @event.listens_for(engine, "invalidate")
+    def give_up(connection: Any, _record: object, _error: object) -> None:
+        # Ctrl-C inside a statement makes SQLAlchemy close the connection. With a cursor still in use SQLite only does
+        # so once that is gone, and until then keeps the lock that the release of the lease waits for.
+        with suppress(sqlite3.Error):
+            connection.rollback()
 
 
 def _migrate(engine: Engine, url: URL) -> None:
