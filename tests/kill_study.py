@@ -86,7 +86,9 @@ def _save_model(folder: Path, texts: list[str]) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=["<s>"], initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=["<s>"], initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(texts, trainer)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>").save_pretrained(folder)
     config = LlamaConfig(
@@ -160,9 +162,12 @@ class Study:
         with closing(sqlite3.connect(self.database)) as connection:
             return connection.execute(query).fetchall()
 
+    def _has_tables(self) -> bool:
+        return bool(self._rows("SELECT 1 FROM sqlite_master WHERE name = 'longrope_studies'"))
+
     def status(self) -> str | None:
         """``running``, ``finished``, or None where the study was not written yet."""
-        if not self._rows("SELECT 1 FROM sqlite_master WHERE name = 'longrope_studies'"):
+        if not self._has_tables():
             return None
         rows = self._rows(f"SELECT status FROM longrope_studies WHERE name = '{NAME}'")
         return rows[0][0] if rows else None
@@ -193,18 +198,19 @@ class Study:
 
     def orphans(self) -> list[tuple[Any, ...]]:
         """Rows that no other row explains, generations that lack rows, and what SQLite itself finds wrong."""
-        return [
-            *self._rows("SELECT 'unit', key FROM longrope_units WHERE candidate_id NOT IN "
-                        "(SELECT id FROM longrope_candidates)"),
-            *self._rows("SELECT 'candidate', id FROM longrope_candidates WHERE study_id NOT IN "
-                        "(SELECT id FROM longrope_studies)"),
-            *self._rows("SELECT 'evaluation', key FROM longrope_evaluations WHERE key NOT IN "
-                        "(SELECT key FROM longrope_units)"),
-            *self._rows("SELECT 'candidate without units', id FROM longrope_candidates WHERE id NOT IN "
-                        "(SELECT candidate_id FROM longrope_units)"),
-            *self._rows("PRAGMA foreign_key_check"),
-            *[row for row in self._rows("PRAGMA integrity_check") if row != ("ok",)],
-        ]  # fmt: skip
+        damage = [row for row in self._rows("PRAGMA integrity_check") if row != ("ok",)]
+        if not self._has_tables():
+            return damage
+        pairs = [
+            ("longrope_candidates", "study_id", "longrope_studies", "id"),
+            ("longrope_units", "candidate_id", "longrope_candidates", "id"),
+            ("longrope_candidates", "id", "longrope_units", "candidate_id"),
+            ("longrope_evaluations", '"key"', "longrope_units", '"key"'),
+        ]
+        for table, column, other, named in pairs:
+            query = f"SELECT '{table}', {column} FROM {table} WHERE {column} NOT IN (SELECT {named} FROM {other})"
+            damage += self._rows(query)
+        return damage + self._rows("PRAGMA foreign_key_check")
 
     def lease(self) -> tuple[Any, ...] | None:
         """The row of the lease; None where there is no study yet."""
