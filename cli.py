@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import sys
 from dataclasses import asdict, replace
@@ -26,10 +27,12 @@ app = typer.Typer(
     help="Search LongRoPE rescale factors: let a language model read further than it was trained to.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-studies_app = typer.Typer(invoke_without_command=True, help="List studies, show one, delete one.")
+studies_app = typer.Typer(invoke_without_command=True)
 app.add_typer(studies_app, name="studies")
 
 DEFAULT_STORAGE = "sqlite:///longrope.db"
+# A study's name is part of a file's name and is typed after `longrope resume`.
+STUDY_NAME = re.compile(r"\w[\w.+=@-]{0,59}")
 
 Model = Annotated[str | None, typer.Option(help="Model folder or hub name; the reference model if not given.")]
 Data = Annotated[
@@ -42,7 +45,7 @@ TextColumn = Annotated[str, typer.Option(help="Column of JSONL and parquet that 
 Storage = Annotated[str, typer.Option(envvar="LONGROPE_STORAGE", help="SQLAlchemy URL of the store.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 Workers = Annotated[
-    int | None, typer.Option(help="Ray workers, each with the whole model; one a core or GPU if not given.")
+    int | None, typer.Option(min=1, help="Ray workers, each with the whole model; one a core or GPU if not given.")
 ]
 GpusPerWorker = Annotated[
     float | None, typer.Option(min=0, help="GPUs of one worker; 0 runs on CPU; 1 if not given and there are any.")
@@ -55,7 +58,9 @@ Attention = Annotated[
     str, typer.Option(help="Attention kernel: auto, sdpa, eager, flash_attention_2, flash_attention_3.")
 ]
 SlidingWindow = Annotated[str | None, typer.Option(help="For windowed attention: keep, off or a number of tokens.")]
-OriginalLength = Annotated[int | None, typer.Option(help="The trained window, where the config does not say it.")]
+OriginalLength = Annotated[
+    int | None, typer.Option(min=2, help="The trained window, where the config does not say it.")
+]
 Threads = Annotated[int, typer.Option(min=1, help="CPU threads of a worker.")]
 Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
 
@@ -70,7 +75,7 @@ def launch(
     preset: Annotated[
         str | None, typer.Option(help="paper, paper-xl or quick; by model and target if not given.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of all randomness of the study.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of all randomness of the study.")] = 0,
     workers: Workers = None,
     gpus_per_worker: GpusPerWorker = None,
     ray_address: RayAddress = None,
@@ -121,9 +126,19 @@ def launch(
 
     if model is not None and not data:
         raise LongRopeError("Name text for your model with --data: a file, a folder, a glob, JSONL or parquet.")
-    path = model or str(MODEL_DIR)
-    folder = resolve_folder(path)
-    length = parse_length(target, original_length or read_original_length(path))
+    if study is not None and not STUDY_NAME.fullmatch(study):
+        raise LongRopeError(
+            "A study's name is part of its files' names: up to 60 letters, digits and any of . _ - + = @, the first of "
+            f"them a letter or digit, not {study!r}."
+        )
+    path = str(MODEL_DIR) if model is None else model
+    resolve_folder(path)
+    if Path(path).expanduser().is_dir():  # where resume finds it from any other folder; a hub's name stays one
+        path = str(Path(path).expanduser().resolve())
+    length = parse_length(target, original_length or read_original_length(path, trust_remote_code))
+    choices = N_HATS if n_hats is None else parse_choices(n_hats)
+    if n_hats is not None and max(choices) > length:
+        raise LongRopeError(f"n_hat counts start tokens of the target's {length}, so it cannot be {max(choices)}.")
     chosen = preset or ("quick" if model is None else default_preset(length))
     overrides = {
         "population": population,
@@ -141,7 +156,7 @@ def launch(
         seed=seed,
         attention=attention_factor,
         upper_ratio=upper_ratio,
-        n_hats=N_HATS if n_hats is None else parse_choices(n_hats),
+        n_hats=choices,
         finalists=finalists,
         seed_factors=_read_seed_factors(seed_factors or []),
     )
@@ -156,7 +171,7 @@ def launch(
         seed=seed,
     )
     request = ModelRequest(
-        path=str(folder) if Path(path).exists() else path,
+        path=path,
         target_length=length,
         dtype=dtype,
         attention=attention,
@@ -167,7 +182,8 @@ def launch(
     )
     repository = Repository(storage)
     if study is None:
-        study = _free_name(repository, f"{folder.name}-{length}-seed{seed}")
+        model_name = re.sub(r"[^\w.+=@-]+", "-", Path(path).name).strip("-.")[:30] or "model"
+        study = _free_name(repository, f"{model_name}-{length}-seed{seed}")
     elif study in {summary.name for summary in repository.studies()}:
         raise LongRopeError(f"There is a study {study!r} already: `longrope resume {study}`, or choose another name.")
     pool = None if in_process else PoolRequest(workers, gpus_per_worker, ray_address)
@@ -219,7 +235,7 @@ def _parse_windows(text: str | None) -> dict[str, int]:
     windows = {}
     for item in text.split(",") if text else ():
         part, _, number = item.strip().partition("=")
-        if part not in PARTS or not number.isdigit() or int(number) < 1:
+        if part not in PARTS or not number.isdecimal() or int(number) < 1:
             raise LongRopeError(f"--windows takes a number by set, such as search=1,selection=2,test=4, not {text!r}.")
         windows[part] = int(number)
     return windows
@@ -228,12 +244,15 @@ def _parse_windows(text: str | None) -> dict[str, int]:
 def _read_seed_factors(paths: list[Path]) -> dict[str, tuple[tuple[float, ...], int]]:
     from storage.factor_file import read
 
-    seeds = {}
+    seeds: dict[str, tuple[tuple[float, ...], int]] = {}
     for path in paths:
         for regime in read(path).regimes:
             if not regime.factors.shared:
                 raise LongRopeError(f"{path} holds factors that differ by layer; seeds are one list for all layers.")
-            seeds[f"{path.stem}_{regime.max_length}"] = (regime.factors.by_layer()[0], regime.factors.n_hat)
+            name = f"{path.stem}_{regime.max_length}"
+            if name in seeds:  # a file of the same name from another folder
+                name = f"{name}_{len(seeds) + 1}"
+            seeds[name] = (regime.factors.by_layer()[0], regime.factors.n_hat)
     return seeds
 
 
@@ -263,11 +282,8 @@ def _run(repository: Repository, run: Run, as_json: bool, is_new: bool, accept_n
         console.print(f"{result['forwards']} document forwards, {finished.seconds:.0f} s in all", highlight=False)
         console.print(f"factors: {finished.factors}", highlight=False, soft_wrap=True)
         return
-    tables = {
-        part + suffix: perplexities(result, part, at_study)
-        for part in result["scores"]
-        for suffix, at_study in (("", False), ("_at_study_attention", True))
-    }
+    tables = {part: perplexities(result, part) for part in result["scores"]}
+    tables |= {f"{part}_at_study_attention": perplexities(result, part, True) for part in ("selection", "test")}
     _print_json(
         {
             "study": run.name,
@@ -340,9 +356,9 @@ def evaluate(
 
     if model is not None and not data:
         raise LongRopeError("Name text for your model with --data: a file, a folder, a glob, JSONL or parquet.")
-    path = model or str(MODEL_DIR)
+    path = str(MODEL_DIR) if model is None else model
     folder = resolve_folder(path)
-    trained = original_length or read_original_length(path)
+    trained = original_length or read_original_length(path, trust_remote_code)
     wanted = sorted({parse_length(part.strip(), trained) for part in lengths.split(",")})
     file = read(factors) if factors is not None else None
     request = ModelRequest(
@@ -363,10 +379,10 @@ def evaluate(
     documents = {length: [w.document for w in found] for length, found in by_length.items()}
     pool = None if in_process else PoolRequest(workers, gpus_per_worker, ray_address)
     with open_scorer(request, tokens, pool) as scorer:
-        if file is not None and file.model.weights_sha256 != scorer.info.weights_sha256:
-            _console(stderr=True).print(f"Note: {factors} was searched on other weights ({file.model.name}).")
         regimes = [] if file is None else [(r.min_length, r.max_length, r.factors) for r in file.regimes]
         rows = perplexity_by_length(scorer, documents, regimes)
+        if file is not None and file.model.weights_sha256 != scorer.info.weights_sha256:
+            _console(stderr=True).print(f"Note: {factors} was searched on other weights ({file.model.name}).")
     if as_json:
         sizes = {str(n): {"windows": len(d), "tokens_scored": len(d) * (n - 1)} for n, d in documents.items()}
         table = {method: {str(n): value for n, value in row.items()} for method, row in rows.items()}
@@ -452,8 +468,14 @@ def export(
 
 
 def _write_text(path: Path, text: str) -> None:
+    """In one step: the file is there whole, or as it was."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.write_text(text, encoding="utf-8")
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
     except OSError as error:
         raise LongRopeError(f"{path} cannot be written: {error.strerror}.") from error
 
@@ -465,6 +487,11 @@ def studies(context: typer.Context, storage: Storage = DEFAULT_STORAGE, as_json:
     Example: longrope studies show my-study
     """
     if context.invoked_subcommand is not None:
+        for parameter, option in (("storage", "--storage"), ("as_json", "--json")):
+            source = context.get_parameter_source(parameter)
+            if source is not None and source.name == "COMMANDLINE":  # it would not reach the subcommand
+                command = f"longrope studies {context.invoked_subcommand} STUDY {option}"
+                raise LongRopeError(f"{option} belongs after the subcommand, as in `{command}`.")
         return
     from storage.report import studies_table
     from storage.repository import Repository
@@ -534,6 +561,9 @@ def main() -> None:
         app()
     except LongRopeError as error:
         print(f"Error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except OSError as error:  # above all a standard output that takes no more
+        print(f"Error: Reading or writing failed: {error}; free space or mend the access, then go on.", file=sys.stderr)
         sys.exit(1)
 
 

@@ -63,7 +63,7 @@ PRESETS: dict[str, Evolution] = {
     "paper": Evolution(),
     "paper-xl": Evolution(population=32, parents=16, mutants=8, crosses=8),
     # For small models and small budgets: fewer parents, log-normal steps of every size (benchmarks/NOTES.md).
-    "quick": Evolution(population=32, parents=8, mutants=12, crosses=4, generations=13, mutation="lognormal"),
+    "quick": Evolution(population=32, parents=8, mutants=12, crosses=4, generations=11, mutation="lognormal"),
 }
 
 
@@ -148,10 +148,12 @@ def _new_child(
 ) -> Child | None:
     if len(taken) >= space.size:
         return None
+    if len(parents) < 2:
+        kind = "mutant"  # nobody to cross with
     for _ in range(ATTEMPTS):
         if not parents:
             break
-        if kind == "cross" and len(parents) > 1:
+        if kind == "cross":
             first, second = rng.choice(len(parents), size=2, replace=False)
             individual = crossover(rng, parents[first], parents[second], space, settings.mutation)
         else:

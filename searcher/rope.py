@@ -80,7 +80,10 @@ class Factors:
     attention_factor: float = 1.0
 
     def __post_init__(self) -> None:
-        for layer in self.by_layer():
+        rows = self.by_layer()
+        if not rows[0] or len({len(row) for row in rows}) > 1:
+            raise LongRopeError("Rescale factors must be lists of the same length for all layers, and not empty.")
+        for layer in rows:
             if not all(math.isfinite(value) and value > 0 for value in layer):
                 raise LongRopeError("Rescale factors must be finite and above 0.")
         if self.n_hat < 0:

@@ -232,13 +232,13 @@ def score_generation(
     Raises
     ------
     LongRopeError
-        Every candidate failed: the first reason is in the message.
+        Every candidate failed, other than in a later search generation: the first reason is in the message.
     """
     keys = [[evaluation_key(scorer.fingerprint, c.factors, d) for d in documents] for c in candidates]
     if store.candidates(stage, part, generation) is None:
         store.add_generation(stage, part, generation, candidates, documents, keys)
+    store.rekey(stage, part, generation, keys)  # first: another study may have computed the new keys
     known = store.outcomes(stage, part, generation)
-    store.rekey(stage, part, generation, keys)
     units: dict[str, Unit] = {}
     places: dict[str, list[tuple[int, int]]] = {}
     for i, candidate in enumerate(candidates):
@@ -254,7 +254,9 @@ def score_generation(
                 known[i][j] = outcome
             observer.evaluated(outcome)
     scores = [total(row) for row in known]
-    if not any(math.isfinite(score.loss) for score in scores):
+    # Later search generations may fail as a whole: the earlier ones' scores stand, and the selection set would tell.
+    needed = generation == 0 or part != "search"
+    if needed and not any(math.isfinite(score.loss) for score in scores):
         raise LongRopeError(
             f"No candidate of {part} generation {generation} could be scored; the first failed with: "
             f"{scores[0].failure}"

@@ -44,7 +44,7 @@ def perplexity_table(result: Result, part: str) -> Table:
             METHOD_NAMES.get(method, method),
             str(factors.n_hat),
             f"{own[method]:.4f}  (at {factors.attention_factor:.4f})",
-            f"{at_study[method]:.4f}",
+            f"{at_study[method]:.4f}" if method in at_study else "-",
             style=style,
         )
     return table

@@ -7,9 +7,10 @@ import os
 import random
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +18,12 @@ Longrope = Callable[..., "Ended"]
 
 DOCUMENTS = 9
 DOCUMENT_TOKENS = 700  # two windows of four times the tiny model's own
+
+# A whole search of the tiny model in half a second, at four times its window.
+SMALL_SEARCH = """
+    --in-process --target=4x --preset=quick --population=12 --parents=4 --mutants=3 --crosses=2 --generations=2
+    --finalists=2 --search-documents=2 --selection-documents=1 --test-documents=2 --windows=search=1,selection=2,test=2
+"""
 
 
 @dataclass(frozen=True)
@@ -30,9 +37,11 @@ class Ended:
 
 @pytest.fixture(scope="session")
 def tiny_llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama with a window of 64 tokens and 8 rotary pairs, its tokenizer a token a byte."""
+    """A random Llama with a window of 64 tokens and 8 rotary pairs; its tokenizer makes a token of a byte."""
+    import torch
     from tiny_models import write_model
 
+    torch.set_num_threads(1)
     return write_model(tmp_path_factory.mktemp("models") / "tiny-llama", "llama")
 
 
@@ -44,8 +53,15 @@ def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     draw = random.Random(7)
     words = ["".join(draw.choices("abcdefghij", k=draw.randint(2, 6))) for _ in range(60)]
     for number in range(DOCUMENTS):
-        (folder / f"{number}.txt").write_text(" ".join(draw.choices(words, k=DOCUMENT_TOKENS))[:DOCUMENT_TOKENS])
+        text = " ".join(draw.choices(words, k=DOCUMENT_TOKENS))
+        (folder / f"{number}.txt").write_text(text[:DOCUMENT_TOKENS])
     return folder
+
+
+@pytest.fixture(scope="session")
+def small_study(tiny_llama_folder: Path, text_folder: Path) -> list[str]:
+    """What follows ``launch`` for a whole study in half a second."""
+    return [f"--model={tiny_llama_folder}", f"--data={text_folder}", *SMALL_SEARCH.split()]
 
 
 @pytest.fixture(scope="session")
@@ -54,40 +70,73 @@ def token_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-@pytest.fixture
-def longrope(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], token_cache: Path, tmp_path: Path
-) -> Iterator[Longrope]:
-    """The command ``longrope`` in this process and in a folder of its own; whatever it does not catch is raised."""
+@pytest.fixture(scope="session")
+def command(token_cache: Path) -> Callable[..., int]:
+    """``command(folder, *arguments)``: the command ``longrope`` in this process and in that folder; its exit status.
+
+    Keywords are environment variables. Whatever the command does not catch is raised.
+    """
     import cli
 
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("LONGROPE_CACHE", str(token_cache))
-    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
-    monkeypatch.delenv("LONGROPE_STORAGE", raising=False)
-
-    def run(*arguments: str | Path) -> Ended:
-        monkeypatch.setattr(sys, "argv", ["longrope", *map(str, arguments)])
-        capsys.readouterr()
-        for handler in logging.getLogger("transformers").handlers:
-            # It was made for the stderr of another test; what the library says must not be lost on it.
-            if isinstance(handler, logging.StreamHandler):
-                handler.setStream(sys.stderr)
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
+    def run(folder: Path, *arguments: str | Path, **environment: str) -> int:
+        previous = signal.getsignal(signal.SIGTERM)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder)
+            patch.delenv("LONGROPE_STORAGE", raising=False)
+            for name, value in {"LONGROPE_CACHE": str(token_cache), "COLUMNS": "200", **environment}.items():
+                patch.setenv(name, value)
+            patch.setattr(sys, "argv", ["longrope", *map(str, arguments)])
+            for handler in logging.getLogger("transformers").handlers:
+                # It was made for the stderr of another test; what the library says must not be lost on it.
+                if type(handler) is logging.StreamHandler:  # not pytest's, which are of classes of their own
+                    handler.setStream(sys.stderr)
+            try:
+                with pytest.raises(SystemExit) as ended:
+                    cli.main()
+            finally:
+                signal.signal(signal.SIGTERM, previous)
         status = ended.value.code
         assert isinstance(status, int)
+        return status
+
+    return run
+
+
+@pytest.fixture
+def longrope(command: Callable[..., int], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Longrope:
+    """``longrope(*arguments)``: the command in this process and in this test's folder, and what it left."""
+
+    def run(*arguments: str | Path, **environment: str) -> Ended:
+        capsys.readouterr()
+        status = command(tmp_path, *arguments, **environment)
         captured = capsys.readouterr()
         return Ended(status, captured.out, captured.err)
 
-    handler = signal.getsignal(signal.SIGTERM)
-    yield run
-    signal.signal(signal.SIGTERM, handler)
+    return run
 
 
 @pytest.fixture(scope="session")
-def command_environment(token_cache: Path) -> dict[str, str]:
+def process_environment(token_cache: Path) -> dict[str, str]:
     """For the command in a process of its own: one thread, this checkout, nothing of the user's."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("LONGROPE_", "RAY_"))}
     root = str(Path(__file__).parent.parent)
     return {**kept, "LONGROPE_CACHE": str(token_cache), "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+
+
+@pytest.fixture(scope="session")
+def stop_after() -> Callable[[pytest.MonkeyPatch, int], None]:
+    """``stop_after(patch, evaluations)``: until the patch is undone, a study gets SIGTERM after so many."""
+
+    def arrange(patch: pytest.MonkeyPatch, evaluations: int) -> None:
+        import workers.scorer
+
+        score, left = workers.scorer.score_unit, iter(range(evaluations))
+
+        def score_unit(*arguments: Any) -> Any:
+            if next(left, None) is None:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return score(*arguments)
+
+        patch.setattr(workers.scorer, "score_unit", score_unit)
+
+    return arrange

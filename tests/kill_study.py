@@ -8,19 +8,27 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import random
 import signal
 import sqlite3
 import sys
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 NAME = "killed"
 FACTORS = f"{NAME}-factors.json"
+IN_PROCESS = "--in-process"
+# A whole search in a second: 20 individuals in 4 generations.
+SMALL_SEARCH = """
+    --target=4x --seed=5 --preset=paper --n-hats=0,4,16 --finalists=2
+    --population=8 --parents=4 --mutants=2 --crosses=2 --generations=3
+    --search-documents=2 --selection-documents=1 --test-documents=2 --windows=search=1,selection=1,test=1
+"""
 IMPORTS = ["cli", "runs", "workers.scorer", "storage.repository", "transformers.models.llama.modeling_llama"]
 
 
@@ -51,73 +59,15 @@ class Ended:
         return [label.split()[-1] for label in self.labels if label.startswith("scoring ")]
 
 
-@dataclass(frozen=True)
-class World:
-    """What every run of the study has in common: the model, its text, and the command's arguments."""
-
-    folder: Path
-    arguments: tuple[str, ...]
-
-    @classmethod
-    def make(cls, folder: Path) -> World:
-        """A random Llama with a window of 32 tokens, a tokenizer, and text for all sets."""
-        documents = folder / "documents"
-        documents.mkdir(parents=True)
-        draw = random.Random(7)
-        words = ["".join(draw.choices("abcdefghij", k=draw.randint(2, 6))) for _ in range(60)]
-        for number in range(7):
-            text = " ".join(draw.choices(words, k=140))
-            (documents / f"{number}.txt").write_text(text)
-        _save_model(folder / "model", [path.read_text() for path in sorted(documents.iterdir())])
-        sizes = {"population": 8, "parents": 4, "mutants": 2, "crosses": 2, "generations": 3, "finalists": 2}
-        sets = {"search": 2, "selection": 1, "test": 2}
-        arguments = [f"--model={folder / 'model'}", f"--data={documents}", "--target=128", "--preset=paper"]
-        arguments += [f"--{name}={number}" for name, number in sizes.items()]
-        arguments += [f"--{part}-documents={number}" for part, number in sets.items()]
-        return cls(folder, (*arguments, "--windows=search=1,selection=1,test=1", "--seed=5", "--n-hats=0,4,16"))
-
-
-def _save_model(folder: Path, texts: list[str]) -> None:
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=["<s>"], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>").save_pretrained(folder)
-    config = LlamaConfig(
-        vocab_size=320,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=32,
-        initializer_range=0.3,  # far from uniform predictions: rescale factors matter
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    torch.manual_seed(11)
-    LlamaForCausalLM(config).save_pretrained(folder)
-
-
 class Study:
     """One study in a fresh database, over as many drivers as it takes."""
 
-    def __init__(self, world: World, folder: Path, launch: tuple[str, ...] = ("--in-process",)) -> None:
+    def __init__(self, folder: Path, model: Path, text: Path, *more: str) -> None:
         folder.mkdir()
-        self.world = world
         self.folder = folder
         self.database = folder / "store.db"
         self.factors = folder / FACTORS
-        self.cache = folder / "cache"
-        self._launch = launch
+        self._launch = [f"--model={model}", f"--data={text}", *SMALL_SEARCH.split(), *more]
         self._drivers = 0
 
     @property
@@ -128,14 +78,13 @@ class Study:
         """What a user would type: ``resume`` where there is such a study, else ``launch``."""
         if self.status() is not None:
             return ["resume", NAME, f"--storage={self.url}"]
-        launch = ["launch", f"--study={NAME}", f"--storage={self.url}", f"--out={self.folder}", *self._launch]
-        return [*launch, *self.world.arguments]
+        return ["launch", f"--study={NAME}", f"--storage={self.url}", f"--out={self.folder}", *self._launch]
 
     def start(self, moment: Moment | None = None) -> tuple[Any, Path]:
         """A driver, and the path of its log without its suffix."""
         self._drivers += 1
         stem = self.folder / f"driver{self._drivers}"
-        environment = {"LONGROPE_CACHE": str(self.cache), "OMP_NUM_THREADS": "1"}
+        environment = {"LONGROPE_CACHE": str(self.folder / "cache"), "HOME": str(self.folder), "OMP_NUM_THREADS": "1"}
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(IMPORTS)
         process = context.Process(target=_drive, args=(self.next_command(), stem, moment, environment))
@@ -259,6 +208,7 @@ def _install(reached: _Probe) -> None:
     """Labels for SQL that writes, commits, files that appear, and evaluations before and after they are computed."""
     from sqlalchemy import Engine, event
 
+    import runs
     import searcher.study
     import workers.scorer
 
@@ -285,6 +235,7 @@ def _install(reached: _Probe) -> None:
 
     place = ""
     score_generation, score_unit = searcher.study.score_generation, workers.scorer.score_unit
+    open_scorer = runs.open_scorer
 
     def scoring_generation(part: str, generation: int, *rest: Any) -> Any:
         nonlocal place
@@ -297,6 +248,23 @@ def _install(reached: _Probe) -> None:
         reached(f"scored {place} {key}")
         return outcome
 
-    Path.replace = replacing  # type: ignore[method-assign, assignment]
-    searcher.study.score_generation = scoring_generation
-    workers.scorer.score_unit = scoring_unit
+    @contextmanager
+    def opening_scorer(request: Any, tokens: Any, pool: Any) -> Iterator[Any]:
+        with open_scorer(request, tokens, pool) as scorer:
+            if pool is not None:
+                scorer._dispatch = partial(dispatching, scorer._dispatch)  # type: ignore[union-attr, method-assign]
+            yield scorer
+
+    def dispatching(dispatch: Any, to: Any, unit: Any) -> None:
+        """Ray's workers compute elsewhere: what this driver can tell is what it sends them."""
+        reached(f"scoring {place} {unit.key}")
+        dispatch(to, unit)
+
+    patched: list[tuple[Any, str, Any]] = [
+        (Path, "replace", replacing),
+        (searcher.study, "score_generation", scoring_generation),
+        (workers.scorer, "score_unit", scoring_unit),
+        (runs, "open_scorer", opening_scorer),
+    ]
+    for owner, name, function in patched:
+        setattr(owner, name, function)

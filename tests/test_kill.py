@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from kill_study import FACTORS, NAME, Ended, Moment, Study, World
+from kill_study import FACTORS, IN_PROCESS, NAME, Ended, Moment, Study
+
+NewStudy = Callable[[Path], Study]
 
 RANDOM_KILLS = 20
 # In the order of one study's life; each is reached by the driver that the kill before it made necessary.
@@ -80,8 +82,9 @@ class Report:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return World.make(tmp_path_factory.mktemp("world"))
+def new_study(tiny_llama_folder: Path, text_folder: Path) -> Callable[[Path], Study]:
+    """``new_study(folder)``: the same study, not begun, in a fresh database."""
+    return lambda folder: Study(folder, tiny_llama_folder, text_folder, IN_PROCESS)
 
 
 @dataclass(frozen=True)
@@ -94,12 +97,12 @@ class Undisturbed:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(world: World, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+def undisturbed(new_study: NewStudy, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     folder = tmp_path_factory.mktemp("undisturbed")
-    study = Study(world, folder / "first")  # starts the server that drivers are forked from: its time says nothing
+    study = new_study(folder / "first")  # starts the server that drivers are forked from: its time says nothing
     driver = study.run()
     assert driver.status == 0, driver.output
-    second = Study(world, folder / "second")
+    second = new_study(folder / "second")
     again = second.run()
     assert second.trajectory() == study.trajectory()
     return Undisturbed(study, driver, again.seconds)
@@ -168,11 +171,11 @@ def publish(report: Report, title: str, folder: Path, record_property: Callable[
 
 
 def test_killed_at_random_instants(
-    world: World, undisturbed: Undisturbed, tmp_path: Path, record_property: Callable[[str, object], None]
+    new_study: NewStudy, undisturbed: Undisturbed, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     report, draw, began = Report(), random.Random(20), time.monotonic()
     while report.kills < RANDOM_KILLS:
-        study, drivers = Study(world, tmp_path / str(report.studies)), []
+        study, drivers = new_study(tmp_path / str(report.studies)), []
         while study.status() != "finished":
             # A third of the time goes by before the first evaluation. Ever later, in case this machine has become
             # so slow that no driver gets beyond that.
@@ -185,11 +188,11 @@ def test_killed_at_random_instants(
 
 
 def test_killed_at_every_kind_of_moment(
-    world: World, undisturbed: Undisturbed, tmp_path: Path, record_property: Callable[[str, object], None]
+    new_study: NewStudy, undisturbed: Undisturbed, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     """Inside every transaction, at the ends of generations, in the final re-scoring, around the factor file."""
     report, began = Report(), time.monotonic()
-    study, drivers = Study(world, tmp_path / "study"), []
+    study, drivers = new_study(tmp_path / "study"), []
     for moment in MOMENTS:
         assert study.status() != "finished", f"{moment} was never reached"
         drivers.append(kill_once(study, report, moment))
@@ -213,9 +216,9 @@ def test_killed_at_every_kind_of_moment(
         (signal.SIGTERM, "scored test 1 *"),
     ],
 )
-def test_a_clean_stop(world: World, undisturbed: Undisturbed, tmp_path: Path, stop: int, where: str) -> None:
+def test_a_clean_stop(new_study: NewStudy, undisturbed: Undisturbed, tmp_path: Path, stop: int, where: str) -> None:
     """Ctrl-C, and what schedulers send first: the lease is free at once and the command says how to go on."""
-    study = Study(world, tmp_path / "study")
+    study = new_study(tmp_path / "study")
     driver = study.run(Moment(where, signal=stop))
     assert driver.status == 130, driver.output
     assert driver.seconds < 20  # did not wait for a lock of its own
@@ -228,9 +231,9 @@ def test_a_clean_stop(world: World, undisturbed: Undisturbed, tmp_path: Path, st
     check_finished(study, undisturbed, [driver, resumed], Report())
 
 
-def test_a_live_driver_is_left_alone(world: World, undisturbed: Undisturbed, tmp_path: Path) -> None:
+def test_a_live_driver_is_left_alone(new_study: NewStudy, undisturbed: Undisturbed, tmp_path: Path) -> None:
     """One that is merely stopped still lives: a second driver is refused in one line, and harms nothing."""
-    study = Study(world, tmp_path / "study")
+    study = new_study(tmp_path / "study")
     holder, stem = study.start(Moment("scoring search 1 *", signal=signal.SIGSTOP))
     try:
         _wait_until_stopped(holder.pid)

@@ -6,9 +6,12 @@
 from __future__ import annotations
 
 import argparse
+import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -43,7 +46,8 @@ def _base(theta: float, **more: float) -> dict[str, Any]:
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": _base(500.0),
     "mistral": {**_base(600.0), "head_dim": 32, "sliding_window": None},
-    "mixtral": {**_base(700.0), "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2},
+    # All experts of a token: which of them are the best two may hang on the last bit of an angle.
+    "mixtral": {**_base(700.0), "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 4},
     "qwen2": _base(800.0),
     "qwen3": {**_base(900.0), "head_dim": 32},
     "phi3": _base(1000.0),
@@ -100,6 +104,31 @@ def write_model(folder: Path, family: str, seed: int = 0, **changes: Any) -> Pat
     random_model(tiny_config(family, **changes), seed).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
+
+
+def configured(model: PreTrainedModel, **changes: Any) -> PreTrainedModel:
+    """The same weights under a config that differs: what transformers itself makes of it."""
+    config = copy.deepcopy(model.config)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    attention = model.config._attn_implementation
+    other = type(model)._from_config(config, attn_implementation=attention, dtype=model.dtype)
+    other.load_state_dict(model.state_dict())
+    return other.eval()
+
+
+def window(length: int, seed: int = 0) -> npt.NDArray[np.uint32]:
+    """Random tokens, BOS first."""
+    tokens = np.random.default_rng(seed).integers(2, VOCABULARY, length).astype(np.uint32)
+    tokens[0] = 0
+    return tokens
+
+
+def own_loss(model: PreTrainedModel, tokens: npt.NDArray[np.uint32]) -> float:
+    """Mean nats a token as transformers computes them."""
+    ids = torch.as_tensor(tokens.astype(np.int64))[None]
+    with torch.no_grad():
+        return float(model(input_ids=ids, labels=ids, use_cache=False).loss)
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ class RescaledRotary(nn.Module):
         place = position_ids.to(torch.float64)[..., None]
         start = place < self.n_hat
         angles = place * torch.where(start, self.original.to(place.device), self.rescaled.to(place.device))
-        factor = torch.where(start, 1.0, self.attention_factor)
+        factor = torch.full_like(place, self.attention_factor).masked_fill_(start, 1.0)
         cos, sin = (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
         return _lay_out(cos, self.layout), _lay_out(sin, self.layout)
 

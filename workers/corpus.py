@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from workers.dataset import (
     tokenise,
 )
 from workers.reference import held_out_documents
-from workers.sources import read_texts
+from workers.sources import HUB_NAME, read_texts
 
 # The reference documents are few and named. Sized so that the default search ends within minutes on two cores.
 REFERENCE_QUOTAS: Mapping[str, Quota] = {"search": Quota(6, 1), "selection": Quota(None, 1), "test": Quota(None, 2)}
@@ -54,7 +55,7 @@ class CorpusRequest:
         """Plain values; ``from_json`` gives an equal object back. Paths become absolute, so resume works anywhere."""
         data = asdict(self)
         for name in ("sources", "selection", "test"):
-            data[name] = [str(Path(s).absolute()) if Path(s).exists() else s for s in data[name]]
+            data[name] = [_absolute(source) for source in data[name]]
         return data
 
     @classmethod
@@ -76,6 +77,14 @@ class CorpusRequest:
             )
             for part in PARTS
         }
+
+
+def _absolute(source: str) -> str:
+    """A path or a glob from the root; what starts with ``~`` and names of datasets mean the same anywhere."""
+    is_glob = glob.has_magic(source) and not HUB_NAME.fullmatch(source)
+    if not source.startswith("~") and (is_glob or Path(source).exists()):
+        return str(Path(source).absolute())
+    return source
 
 
 def load_corpus(request: CorpusRequest, tokenizer: Any, length: int) -> DocumentSets:

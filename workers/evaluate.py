@@ -59,7 +59,7 @@ def perplexity_by_length(
     def perplexity(factors: Factors, length: int) -> float:
         keys = [evaluation_key(scorer.fingerprint, factors, document) for document in documents[length]]
         score: Score = total([outcomes[key] for key in keys])
-        if score.failure is not None and outcomes[keys[0]].nll is None:
+        if score.failure is not None and any(outcomes[key].nll is None for key in keys):
             raise LongRopeError(f"Length {length} could not be scored: {score.failure}")
         return score.perplexity
 

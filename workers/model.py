@@ -23,6 +23,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 ATTENTIONS = ("auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3")
 # Eager attention holds heads x L x L weights; beyond this length that is no longer a working size.
 EAGER_MAX_LENGTH = 8192
+# Windowed attention without a flash kernel needs a mask of L x L bytes; beyond this length (1 GiB) it is refused.
+MASK_MAX_LENGTH = 32768
 # A window longer than any target: the way to switch windowed attention off that every family understands.
 NO_WINDOW = 2**30
 # Families whose attention pairs neighbouring dimensions although their cos and sin are laid out in halves.
@@ -146,7 +148,7 @@ def resolve_folder(path: str) -> Path:
         raise LongRopeError(f"{path} holds no config.json, so it is not a Hugging Face model folder.")
     if not any(folder.glob("*.safetensors")):
         raise LongRopeError(
-            f"{path} holds no .safetensors file; weights are only read from safetensors. Convert it with "
+            f"{path} holds no .safetensors file, and weights are only read from safetensors; convert it with "
             "model.save_pretrained(...) in transformers."
         )
     return folder
@@ -188,9 +190,9 @@ def read_config_json(folder: Path) -> dict[str, Any]:
     return config
 
 
-def read_original_length(path: str) -> int:
+def read_original_length(path: str, trust_remote_code: bool = False) -> int:
     """L0 as the model's config states it, without loading the weights."""
-    return original_length(_read_config(resolve_folder(path), path, trust_remote_code=False))
+    return original_length(_read_config(resolve_folder(path), path, trust_remote_code))
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
@@ -217,9 +219,9 @@ def load_model(request: ModelRequest) -> LoadedModel:
     transformers.utils.logging.disable_progress_bar()
     folder = resolve_folder(request.path)
     config = _read_config(folder, request.path, request.trust_remote_code)
-    _refuse_layer_types(config, request.path)
+    _refuse_other_positions(config, request.path)
     window = _settle_window(config, request)
-    attention = _settle_attention(config, request)
+    attention = _settle_attention(config, request, window)
     device = _settle_device(request.device)
     if request.dtype not in ("auto", *DTYPES):
         raise LongRopeError(f"The dtype is auto, {', '.join(DTYPES)}, not {request.dtype!r}.")
@@ -233,9 +235,8 @@ def load_model(request: ModelRequest) -> LoadedModel:
             use_safetensors=True,
             trust_remote_code=request.trust_remote_code,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
         )
-    except torch.cuda.OutOfMemoryError as error:
-        raise LongRopeError(f"The weights of {request.path} do not fit on the device: {_one_line(error)}") from error
     except Exception as error:
         raise LongRopeError(
             f"{request.path} cannot be loaded as a causal language model: {_one_line(error)}"
@@ -246,10 +247,19 @@ def load_model(request: ModelRequest) -> LoadedModel:
             f"{request.path} lacks {len(missing)} tensors of its architecture ({missing[0]}, ...); "
             "the checkpoint is incomplete or of another model."
         )
+    if info["mismatched_keys"]:
+        name, found, wanted = min(info["mismatched_keys"])
+        raise LongRopeError(
+            f"{name} of {request.path} has shape {tuple(found)}, but its config.json makes it {tuple(wanted)}; weights "
+            "and config are of different models."
+        )
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise LongRopeError(f"{name} of {request.path} holds values that are not finite; the weights are broken.")
-    model = model.eval().requires_grad_(False).to(device)
+    try:
+        model = model.eval().requires_grad_(False).to(device)
+    except (RuntimeError, AssertionError) as error:  # too little memory there, or no such device in this torch
+        raise LongRopeError(f"{request.path} cannot be put on {device}: {_one_line(error)}") from error
     spec, layout, cast = _rotary_geometry(model, config, request)
     pairing = INTERLEAVED if layout == INTERLEAVED or config.model_type in INTERLEAVED_FAMILIES else "half-split"
     settings: dict[str, str | int | None] = {
@@ -268,13 +278,18 @@ def _read_config(folder: Path, path: str, trust_remote_code: bool) -> Any:
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # anything a config class raises on values it does not expect
+        if not trust_remote_code and "trust_remote_code" in str(error):
+            raise LongRopeError(
+                f"{path} is of a family that comes with its own code; look at that code, then allow it with "
+                "--trust-remote-code."
+            ) from error
         raise LongRopeError(f"The config of {path} cannot be used: {_one_line(error)}") from error
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:
-    """The decoder layers of a causal model, found as its longest module list."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    return max(lists, key=len)
+    """The decoder layers of a causal model: its outermost module list of as many modules as the config has layers."""
+    layers = model.config.num_hidden_layers
+    return next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == layers)
 
 
 def _rotary_geometry(model: Any, config: Any, request: ModelRequest) -> tuple[RopeSpec, str, bool]:
@@ -325,12 +340,12 @@ def _rotary_geometry(model: Any, config: Any, request: ModelRequest) -> tuple[Ro
 def original_length(config: Any) -> int:
     """L0: original_max_position_embeddings where the config scales RoPE, else max_position_embeddings."""
     parameters = getattr(config, "rope_parameters", None) or {}
-    candidates = (
-        getattr(config, "original_max_position_embeddings", None),
-        parameters.get("original_max_position_embeddings"),
-        getattr(config, "max_position_embeddings", None),
-    )
-    for value in candidates:
+    stated = [getattr(config, "max_position_embeddings", None)]
+    # Phi3's class has a default of 4096 for the original length, which means nothing where RoPE is not scaled.
+    if parameters.get("rope_type", "default") != "default":
+        stated.insert(0, parameters.get("original_max_position_embeddings"))
+        stated.insert(0, getattr(config, "original_max_position_embeddings", None))
+    for value in stated:
         if value:
             return int(value)
     raise LongRopeError("The config states no max_position_embeddings; give the trained length with --original-length.")
@@ -348,9 +363,15 @@ def _shipped_factors(config: Any, spec: RopeSpec, target: int) -> tuple[str, Fac
     return str(kind), Factors(tuple(lambdas.tolist()), attention_factor=float(attention))
 
 
-def _refuse_layer_types(config: Any, path: str) -> None:
+def _refuse_other_positions(config: Any, path: str) -> None:
     parameters = getattr(config, "rope_parameters", None)
-    if isinstance(parameters, dict) and any(isinstance(value, dict) for value in parameters.values()):
+    # Falcon's config states rope_parameters also where the model uses ALiBi instead.
+    if not isinstance(parameters, dict) or getattr(config, "alibi", False):
+        raise LongRopeError(
+            f"{path} ({config.model_type}) has no rotary position embedding that its config describes in "
+            "rope_parameters; LongRoPE rescales one, so it cannot serve it."
+        )
+    if any(isinstance(value, dict) for value in parameters.values()):
         raise LongRopeError(
             f"{path} ({config.model_type}) has a rotary embedding for each layer type ({', '.join(parameters)}); "
             "one for all layers is needed, so this family is not supported yet."
@@ -365,6 +386,10 @@ def _settle_window(config: Any, request: ModelRequest) -> int | None:
     if wish is not None and wish not in ("keep", "off") and not re.fullmatch(r"[1-9]\d*", wish):
         raise LongRopeError(f"--sliding-window takes keep, off or a number of tokens, not {wish!r}.")
     if window is None or (kinds is not None and "sliding_attention" not in kinds):
+        if wish not in (None, "keep", "off"):
+            raise LongRopeError(
+                f"{request.path} attends to all tokens, so it has no window to set to {wish}; leave --sliding-window out."
+            )
         return None
     if wish is None:
         if window < request.target_length:
@@ -378,7 +403,7 @@ def _settle_window(config: Any, request: ModelRequest) -> int | None:
     return None if wish == "off" else int(config.sliding_window)
 
 
-def _settle_attention(config: Any, request: ModelRequest) -> str:
+def _settle_attention(config: Any, request: ModelRequest, window: int | None) -> str:
     if request.attention not in ATTENTIONS:
         raise LongRopeError(f"The attention kernel is one of {', '.join(ATTENTIONS)}, not {request.attention!r}.")
     capped = getattr(config, "attn_logit_softcapping", None) is not None
@@ -390,16 +415,22 @@ def _settle_attention(config: Any, request: ModelRequest) -> str:
             f"Eager attention holds all L x L weights and serves targets up to {EAGER_MAX_LENGTH} tokens, "
             f"not {request.target_length}; {request.path} needs a fused kernel (--attention) or a shorter target."
         )
+    masked = window is not None and window < request.target_length and not attention.startswith("flash")
+    if masked and request.target_length > MASK_MAX_LENGTH:
+        raise LongRopeError(
+            f"A window of {window} tokens under {attention} attention needs an L x L mask and serves targets up to "
+            f"{MASK_MAX_LENGTH} tokens, not {request.target_length}; use --attention flash_attention_2, or "
+            "--sliding-window off."
+        )
     return attention
 
 
 def _settle_device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise LongRopeError(f"{device!r} is no device; use auto, cpu, cuda or cuda:N.") from error
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
+        raise LongRopeError(f"{device!r} is no device that is served; use auto, cpu, cuda, cuda:N or mps.")
+    chosen = torch.device(device)
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise LongRopeError(f"{device} was asked for, but torch {torch.__version__} sees no CUDA device here.")
     return chosen

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from searcher.rope import Factors
 from workers.model import LoadedModel
 
-SCORER_VERSION = 1  # raise it with any change that can alter a score
+SCORER_VERSION = 2  # raise it with any change that can alter a score
 LOGITS_AT_ONCE = 2**24  # 64 MiB of float32 logits
 
 

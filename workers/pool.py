@@ -8,6 +8,8 @@ is replaced; a place whose replacements die REPLACEMENTS times in a row without 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +20,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 
 from searcher.errors import LongRopeError
 from searcher.study import Outcome, Unit
+from workers import reaper
 from workers.actor import create_worker
 from workers.model import ModelInfo, ModelRequest
 from workers.scorer import PoolRequest, Tokens
@@ -48,11 +51,15 @@ class RayScorer:
     """
 
     def __init__(self, request: ModelRequest, tokens: Tokens, pool: PoolRequest) -> None:
-        _connect(pool, request.threads)
-        self._own_cluster = pool.ray_address is None
+        self._reaper: subprocess.Popen[bytes] | None = None
         self._places: list[_Place] = []
         self._attempts: dict[str, int] = {}
         try:
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+            if pool.ray_address is None:
+                self._reaper = _start_reaper(_start_cluster((pool.workers or 1) * request.threads))
+            else:
+                _join_cluster(pool.ray_address)
             self._gpus, count = _settle(pool, request.threads)
             self._request = replace(request, device="cuda" if self._gpus else "cpu")
             self._shared = ray.put(dict(tokens))
@@ -78,6 +85,8 @@ class RayScorer:
                 if place.actor is not None:
                     ray.kill(place.actor)
             ray.shutdown()
+        if self._reaper is not None:
+            self._reaper.communicate()
 
     def evaluate(self, units: Sequence[Unit]) -> Iterator[Outcome]:
         """Outcomes as they finish."""
@@ -178,24 +187,34 @@ def _unwrapped(error: RayTaskError) -> Exception:
     return cause if isinstance(cause, LongRopeError) else error
 
 
-def _connect(pool: PoolRequest, threads: int) -> None:
-    """Join the cluster that was named, or start one on this machine for this process alone."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if pool.ray_address is not None:
-        try:
-            ray.init(address=pool.ray_address, log_to_driver=False, configure_logging=False)
-        except (ConnectionError, ValueError, RuntimeError, RayError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise LongRopeError(f"No Ray cluster could be joined at {pool.ray_address}: {reason}") from error
-        return
-    cores = os.cpu_count() or 1
-    ray.init(
-        address="local",
-        num_cpus=max(cores, (pool.workers or 1) * threads),  # more workers than cores share them
-        include_dashboard=False,
-        log_to_driver=False,
-        configure_logging=False,
-    )
+def _join_cluster(address: str) -> None:
+    try:
+        ray.init(address=address, log_to_driver=False, configure_logging=False)
+    except (ConnectionError, ValueError, RuntimeError, RayError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise LongRopeError(f"No Ray cluster could be joined at {address}: {reason}") from error
+
+
+def _start_cluster(cpus: int) -> str:
+    """A cluster on this machine for this process alone; returns the folder of its session."""
+    try:
+        context = ray.init(
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, cpus),  # more workers than cores share them
+            include_dashboard=False,
+            log_to_driver=False,
+            configure_logging=False,
+        )
+    except Exception as error:  # a node that does not start in time is a plain Exception
+        reason = " ".join(str(error).split())[:200]
+        raise LongRopeError(f"Ray could not be started here: {reason} Try again, or use --in-process.") from error
+    return str(context.address_info["session_dir"])
+
+
+def _start_reaper(session: str) -> subprocess.Popen[bytes]:
+    """See workers/reaper.py. In a session of its own: what is sent to the driver's, such as Ctrl-C, does not end it."""
+    command = [sys.executable, "-SE", reaper.__file__, session]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
 
 
 def _settle(pool: PoolRequest, threads: int) -> tuple[float, int]:

@@ -10,6 +10,8 @@ import platform
 import sysconfig
 from pathlib import Path
 
+from searcher.errors import LongRopeError
+
 MODEL_DIR = Path(__file__).parent / "reference_model"
 
 # Long modules that exist from Python 3.11 to 3.14 and that Linux distributions do not split off. None was trained on.
@@ -59,14 +61,14 @@ def held_out_documents() -> dict[str, list[Path]]:
 
     Raises
     ------
-    FileNotFoundError
+    LongRopeError
         A module of the list is missing: a stripped Python, or one outside 3.11 to 3.14.
     """
     root = stdlib_dir()
     documents = {part: [root / name for name in names] for part, names in HELD_OUT.items()}
     missing = [str(path) for paths in documents.values() for path in paths if not path.is_file()]
     if missing:
-        raise FileNotFoundError(
+        raise LongRopeError(
             f"The reference documents are modules of the Python standard library, but {missing[0]} "
             f"({len(missing)} in all) is not in Python {platform.python_version()} here; "
             "name documents of your own with --data."
