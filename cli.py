@@ -50,7 +50,9 @@ Workers = Annotated[
 GpusPerWorker = Annotated[
     float | None, typer.Option(min=0, help="GPUs of one worker; 0 runs on CPU; 1 if not given and there are any.")
 ]
-RayAddress = Annotated[str | None, typer.Option(help="Join this Ray cluster instead of starting one here.")]
+RayAddress = Annotated[
+    str | None, typer.Option(help="Join this Ray cluster instead of starting one here (resume: local goes back).")
+]
 InProcess = Annotated[bool, typer.Option("--in-process", help="Score in this process, without Ray: for debugging.")]
 Out = Annotated[Path, typer.Option(help="Folder the factor file is written to.")]
 Dtype = Annotated[str, typer.Option(help="auto (the model's), float32, bfloat16 or float16.")]
@@ -84,6 +86,7 @@ def launch(
     selection_data: SelectionData = None,
     test_data: TestData = None,
     text_column: TextColumn = "text",
+    data_seed: Annotated[int, typer.Option(min=0, help="Of the deal of documents into sets; --seed leaves it.")] = 0,
     search_documents: Annotated[int | None, typer.Option(min=1, help="Documents of the search set.")] = None,
     selection_documents: Annotated[int | None, typer.Option(min=1, help="Documents of the selection set.")] = None,
     test_documents: Annotated[int | None, typer.Option(min=1, help="Documents of the test set.")] = None,
@@ -168,7 +171,7 @@ def launch(
         text_column=text_column,
         documents={part: count for part, count in counts.items() if count is not None},
         windows=_parse_windows(windows),
-        seed=seed,
+        seed=data_seed,
     )
     request = ModelRequest(
         path=path,
@@ -222,6 +225,8 @@ def resume(
             f"factors and `longrope studies show {study}` its tables."
         )
     stored = Run.from_json(study, record.settings)
+    if ray_address == "local":  # back from a cluster to this machine
+        stored, ray_address = replace(stored, pool=PoolRequest(stored.pool.workers if stored.pool else None)), None
     given: dict[str, Any] = {"workers": workers, "gpus_per_worker": gpus_per_worker, "ray_address": ray_address}
     changed = {key: value for key, value in given.items() if value is not None}
     pool = replace(stored.pool or PoolRequest(), **changed) if changed or stored.pool else None
@@ -350,7 +355,7 @@ def evaluate(
     from storage.report import length_table
     from workers.corpus import evaluation_windows
     from workers.evaluate import perplexity_by_length
-    from workers.model import ModelRequest, load_tokenizer, read_original_length, resolve_folder
+    from workers.model import ModelRequest, load_tokenizer, read_original_length, resolve_folder, shipped_factors
     from workers.reference import MODEL_DIR
     from workers.scorer import PoolRequest, open_scorer
 
@@ -380,7 +385,10 @@ def evaluate(
     pool = None if in_process else PoolRequest(workers, gpus_per_worker, ray_address)
     with open_scorer(request, tokens, pool) as scorer:
         regimes = [] if file is None else [(r.min_length, r.max_length, r.factors) for r in file.regimes]
-        rows = perplexity_by_length(scorer, documents, regimes)
+        spec = scorer.info.spec
+        rows = perplexity_by_length(
+            scorer, documents, regimes, lambda length: shipped_factors(path, spec, length, trust_remote_code)
+        )
         if file is not None and file.model.weights_sha256 != scorer.info.weights_sha256:
             _console(stderr=True).print(f"Note: {factors} was searched on other weights ({file.model.name}).")
     if as_json:
@@ -417,7 +425,6 @@ def export(
     from storage.factor_file import read, write
     from workers.model import NO_WINDOW, model_digest, read_config_json, resolve_folder
 
-    window: int | None = None
     given = Path(source)
     if given.suffix == ".json" and given.is_file():
         if method != "searched":
@@ -432,8 +439,6 @@ def export(
             raise LongRopeError(f"The study {name} is not finished; go on with `longrope resume {name}`, then export.")
         file = study_factor_file(name, record.settings, record.result, method)
         model = model or record.settings["model"]["path"]
-        wish = record.settings["model"]["sliding_window"]
-        window = NO_WINDOW if wish == "off" else int(wish) if wish and wish.isdigit() else None
     stem = name if method == "searched" else f"{name}-{method}"
     regime = file.regimes[-1]
     if to == "json":
@@ -444,16 +449,20 @@ def export(
         if model is None:
             raise LongRopeError("A factor file does not hold the model; name its folder with --model.")
         folder = resolve_folder(model)
-        if model_digest(folder) != file.model.weights_sha256:
+        if file.model.weights_sha256 not in (model_digest(folder), model_digest(folder, trust_remote_code=True)):
             raise LongRopeError(f"{model} is not the model these factors were searched on ({file.model.name}).")
+        config = read_config_json(folder)
+        numerics: Any = file.provenance.get("numerics") or {}
+        window, dtype = numerics.get("sliding_window"), numerics.get("dtype")
+        if window is None and config.get("sliding_window") is not None:
+            window = NO_WINDOW  # it was off, or never reached
         if to == "transformers":
             target = out or Path(f"{stem}-transformers")
-            notes = transformers_folder(file, regime, folder, target, window).lines()
+            notes = transformers_folder(file, regime, folder, target, window, dtype).lines()
         else:
             target = out or Path(f"{stem}-config-patch.json")
             taken = exportable(regime)
-            config = read_config_json(folder)
-            patch = transformers_patch(file.model, taken.factors, regime.max_length, config, window)
+            patch = transformers_patch(file.model, taken.factors, regime.max_length, config, window, dtype)
             _write_text(target, json.dumps(patch, indent=2) + "\n")
             notes = taken.lines()
     else:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from searcher.errors import LongRopeError
-from searcher.plan import SearchSettings, search_plan
+from searcher.plan import SearchSettings, cut_seeds, search_plan
+from searcher.space import GRID
 from searcher.study import SearchPlan, run_search
 from storage.factor_file import FactorFile, ModelIdentity, write
 from storage.live import Watcher
@@ -100,9 +101,9 @@ def run(repository: Repository, run: Run, console: Console, is_new: bool, accept
             repository.create_study(run.name, "search", {**run.to_json(), "identity": identity, "documents": hashes})
         with repository.open_study(run.name) as store:
             record = repository.study(run.name)
+            _refuse_changes(record.settings, record.profile, scorer.info, hashes, accept_numerics)
             if record.profile is None:
                 store.set_profile(scorer.info.profile)
-            _refuse_changes(record.settings, record.profile, scorer.info, hashes, accept_numerics)
             _introduce(console, run, scorer.info, sets, plan)
             evaluations = plan.evolution.individuals * len(documents["search"])
             with Watcher(console, evaluations, plan.evolution.generations) as watcher:
@@ -211,6 +212,9 @@ def _introduce(console: Console, run: Run, info: ModelInfo, sets: DocumentSets, 
             f"The model's own config scales RoPE ({info.shipped[0]}); factors are absolute, against base "
             f"{spec.theta:g} unscaled, and the shipped scaling is a seed and a row."
         )
+    cut = cut_seeds(plan)
+    if cut:
+        lines.append(f"seeds cut to the upper bound of {plan.space.upper / GRID:g}: {', '.join(cut)}")
     for part, size in sets.summary().items():
         lines.append(f"{part}: {size.windows} windows of {size.documents} documents, {size.tokens} tokens scored")
     if sets.left_out:

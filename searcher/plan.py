@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
@@ -10,7 +11,7 @@ from searcher.baselines import BASELINES
 from searcher.errors import LongRopeError
 from searcher.evolution import PRESETS, Evolution
 from searcher.rope import Factors, RopeSpec, attention_factor
-from searcher.space import N_HATS, SearchSpace
+from searcher.space import GRID, N_HATS, SearchSpace
 from searcher.study import SearchPlan
 
 # What the paper seeds with (section 3.2); the other presets start from every baseline there is.
@@ -74,6 +75,11 @@ def default_preset(target_length: int) -> str:
     return "paper-xl" if target_length > 512 * 1024 else "paper"
 
 
+def cut_seeds(plan: SearchPlan) -> list[str]:
+    """Names of the seeds that reach beyond the space's upper bound, and were cut to it."""
+    return [name for name, factors in plan.seeds.items() if max(factors.by_layer()[0]) * GRID > plan.space.upper + 0.5]
+
+
 def search_plan(
     settings: SearchSettings, spec: RopeSpec, shipped: tuple[str, Factors] | None, stage: int = 0
 ) -> SearchPlan:
@@ -135,7 +141,7 @@ def parse_length(text: str, original_length: int) -> int:
         length = float(number) * unit
     except ValueError:
         length = float("nan")
-    if not (length >= 2 and length == int(length)):
+    if not (math.isfinite(length) and length >= 2 and length == int(length)):
         raise LongRopeError(f"A length is a whole number of tokens such as 2048, 128k, 1M or 8x, not {text!r}.")
     return int(length)
 

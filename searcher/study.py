@@ -22,6 +22,7 @@ PARTS = ("search", "selection", "test")
 SHORT = "short"  # text within the original length: what factors cost there; reported where it is given
 AT_STUDY_ATTENTION = "@study"  # suffix of a baseline's name where it is shown under the study's attention factor
 WITHOUT_N_HAT = "searched_n_hat_0"
+UNCOMPUTED_IN_A_ROW = 16  # evaluations that fail one after the other: it is the machine, not the candidates
 
 
 @dataclass(frozen=True)
@@ -247,12 +248,25 @@ def score_generation(
                 units.setdefault(keys[i][j], Unit(keys[i][j], candidate.factors, document))
                 places.setdefault(keys[i][j], []).append((i, j))
     observer.generation_started(part, generation, len(candidates) * len(documents), len(units))
-    if units:
-        for outcome in scorer.evaluate(list(units.values())):
+    uncomputed: list[Outcome] = []
+    in_a_row = 0
+    for outcome in scorer.evaluate(list(units.values())) if units else ():
+        observer.evaluated(outcome)
+        for i, j in places[outcome.key]:
+            known[i][j] = outcome
+        if outcome.nll is not None:
             store.record(outcome)
-            for i, j in places[outcome.key]:
-                known[i][j] = outcome
-            observer.evaluated(outcome)
+            in_a_row = 0
+            continue
+        uncomputed.append(outcome)
+        in_a_row += 1
+        if in_a_row == max(UNCOMPUTED_IN_A_ROW, 2 * len(documents)):
+            raise _nothing_computed(in_a_row, outcome)
+    if uncomputed and not any(outcome and outcome.nll is not None for row in known for outcome in row):
+        raise _nothing_computed(len(uncomputed), uncomputed[-1])
+    # Only now: a failure that is recorded is final in this study, since later generations build on it.
+    for outcome in uncomputed:
+        store.record(outcome)
     scores = [total(row) for row in known]
     # Later search generations may fail as a whole: the earlier ones' scores stand, and the selection set would tell.
     needed = generation == 0 or part != "search"
@@ -264,6 +278,13 @@ def score_generation(
     best = min(range(len(scores)), key=lambda i: (scores[i].loss, i))
     observer.generation_finished(part, generation, candidates[best], scores[best])
     return scores
+
+
+def _nothing_computed(count: int, last: Outcome) -> LongRopeError:
+    return LongRopeError(
+        f"{count} evaluations in a row could not be computed, the last because: {last.failure}; mend that, then go on "
+        "with longrope resume, which tries them again."
+    )
 
 
 def total(outcomes: Sequence[Outcome | None]) -> Score:
@@ -320,7 +341,8 @@ def run_search(
         state = tell(state, {individual_of(c): score.loss for c, score in zip(candidates, scores, strict=True)})
         history.append(state.ranked()[0][1])
 
-    finalists = _finalists(plan, state, seeds)
+    snapped = {name: plan.space.snap(factors) for name, factors in plan.baselines.items()}
+    finalists = _finalists(plan, state, {**seeds, **snapped})
     selection = scored("selection", 0, finalists)
     order = sorted(range(len(finalists)), key=lambda i: (selection[i].loss, individual_of(finalists[i]).key))
     winner = finalists[order[0]]
@@ -336,9 +358,9 @@ def run_search(
 
 
 def _finalists(plan: SearchPlan, state: State, seeds: Mapping[str, Individual]) -> list[Candidate]:
-    """The best, the best with n_hat = 0, the best ones' factors with n_hat = 0, and all seeds, each once.
+    """The best, the best with n_hat = 0, the best ones' factors with n_hat = 0, and all seeds and baselines, each once.
 
-    The seeds are there so that the winner on the selection set is never worse than any of them.
+    The last are there so that the winner on the selection set is never worse than any of them on the grid.
     """
     ranked = [individual for individual, loss in state.ranked() if math.isfinite(loss)]
     best = ranked[: plan.finalists]

@@ -113,6 +113,7 @@ def transformers_patch(
     target_length: int,
     config: Mapping[str, object],
     sliding_window: int | None = None,
+    dtype: str | None = None,
 ) -> dict[str, object]:
     """The keys of config.json that make transformers rotate by the factors at every length.
 
@@ -124,6 +125,7 @@ def transformers_patch(
     target_length: L, in tokens; at least the original length.
     config: the model's own config.json.
     sliding_window: tokens, where the factors were scored with another attention window than the config's.
+    dtype: that the factors were scored in, which becomes the one to load in.
 
     Raises
     ------
@@ -176,6 +178,10 @@ def transformers_patch(
         patch["head_dim"] = head_dim
     if sliding_window is not None:
         patch["sliding_window"] = sliding_window
+    if dtype is not None:
+        patch["dtype"] = dtype
+        if "torch_dtype" in config:
+            patch["torch_dtype"] = None  # the older spelling
     return patch
 
 
@@ -185,6 +191,7 @@ def transformers_folder(
     model_folder: Path,
     out: Path,
     sliding_window: int | None = None,
+    dtype: str | None = None,
 ) -> Export:
     """A copy of a model folder that ``AutoModelForCausalLM.from_pretrained`` loads with the regime's factors.
 
@@ -195,7 +202,7 @@ def transformers_folder(
     ----------
     model_folder: config.json and safetensors weights of the model that the file names.
     out: does not exist, or is an empty folder.
-    sliding_window: as in ``transformers_patch``.
+    sliding_window, dtype: as in ``transformers_patch``.
 
     Raises
     ------
@@ -207,7 +214,7 @@ def transformers_folder(
     config = read_json(model_folder / "config.json")
     if not isinstance(config, dict):
         raise LongRopeError(f"{model_folder / 'config.json'} must hold a JSON object.")
-    patch = transformers_patch(file.model, export.factors, regime.max_length, config, sliding_window)
+    patch = transformers_patch(file.model, export.factors, regime.max_length, config, sliding_window, dtype)
     patched = {key: value for key, value in (config | patch).items() if value is not None or key not in patch}
     if not any(model_folder.glob("*.safetensors")):
         raise LongRopeError(f"{model_folder} holds no .safetensors file; a model folder with its weights is needed.")
@@ -222,11 +229,20 @@ def transformers_folder(
             staged.mkdir()
             _copy_all_but_config(model_folder, staged)
             (staged / "config.json").write_text(json.dumps(patched, indent=2) + "\n", encoding="utf-8")
+            _lengthen_tokenizer(staged / "tokenizer_config.json", regime.max_length)
             staged.replace(out)
     except OSError as error:
         what = f"{error.strerror} ({error.filename})" if error.strerror and error.filename else error.strerror or error
         raise LongRopeError(f"The model folder {out} cannot be written: {what}.") from error
     return export
+
+
+def _lengthen_tokenizer(path: Path, length: int) -> None:
+    """A tokenizer that is told to truncate would do so at the old window."""
+    config = read_json(path) if path.is_file() else None
+    if isinstance(config, dict) and isinstance(limit := config.get("model_max_length"), int) and limit < length:
+        text = json.dumps(config | {"model_max_length": length}, indent=2, ensure_ascii=False)
+        path.write_text(text + "\n", encoding="utf-8")
 
 
 def _copy_all_but_config(model_folder: Path, out: Path) -> None:

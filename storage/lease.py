@@ -56,7 +56,8 @@ class Owner:
     def is_dead(self, here: Owner, silence: float) -> bool:
         """Whether the process is gone, as seen by ``here`` after ``silence`` seconds without a heartbeat."""
         if self.host == here.host and self.boot_id != here.boot_id:
-            return True
+            # Rebooted since; or another machine of the same name, whose heart still beats.
+            return silence > 2 * HEARTBEAT_SECONDS
         visible = self.host == here.host and self.namespace == here.namespace
         if visible and (started := process_start(self.pid)) != "" and self.started:
             return started != self.started

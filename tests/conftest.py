@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import random
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,25 +74,26 @@ def token_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def command(token_cache: Path) -> Callable[..., int]:
-    """``command(folder, *arguments)``: the command ``longrope`` in this process and in that folder; its exit status.
+def longrope_in(token_cache: Path) -> Longrope:
+    """``longrope_in(folder, *arguments)``: the command ``longrope`` in this process and in that folder.
 
     Keywords are environment variables. Whatever the command does not catch is raised.
     """
     import cli
 
-    def run(folder: Path, *arguments: str | Path, **environment: str) -> int:
+    def run(folder: Path, *arguments: str | Path, **environment: str) -> Ended:
+        out, err = io.StringIO(), io.StringIO()
         previous = signal.getsignal(signal.SIGTERM)
-        with pytest.MonkeyPatch.context() as patch:
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
             patch.chdir(folder)
             patch.delenv("LONGROPE_STORAGE", raising=False)
             for name, value in {"LONGROPE_CACHE": str(token_cache), "COLUMNS": "200", **environment}.items():
                 patch.setenv(name, value)
             patch.setattr(sys, "argv", ["longrope", *map(str, arguments)])
             for handler in logging.getLogger("transformers").handlers:
-                # It was made for the stderr of another test; what the library says must not be lost on it.
+                # It was made for the stderr of another moment; what the library says must not be lost on that.
                 if type(handler) is logging.StreamHandler:  # not pytest's, which are of classes of their own
-                    handler.setStream(sys.stderr)
+                    patch.setattr(handler, "stream", err)
             try:
                 with pytest.raises(SystemExit) as ended:
                     cli.main()
@@ -97,22 +101,15 @@ def command(token_cache: Path) -> Callable[..., int]:
                 signal.signal(signal.SIGTERM, previous)
         status = ended.value.code
         assert isinstance(status, int)
-        return status
+        return Ended(status, out.getvalue(), err.getvalue())
 
     return run
 
 
 @pytest.fixture
-def longrope(command: Callable[..., int], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Longrope:
-    """``longrope(*arguments)``: the command in this process and in this test's folder, and what it left."""
-
-    def run(*arguments: str | Path, **environment: str) -> Ended:
-        capsys.readouterr()
-        status = command(tmp_path, *arguments, **environment)
-        captured = capsys.readouterr()
-        return Ended(status, captured.out, captured.err)
-
-    return run
+def longrope(longrope_in: Longrope, tmp_path: Path) -> Longrope:
+    """``longrope(*arguments)``: the command in this test's folder."""
+    return partial(longrope_in, tmp_path)
 
 
 @pytest.fixture(scope="session")

@@ -283,7 +283,7 @@ UNSEARCHABLE = {
 def world(
     tiny_llama_folder: Path,
     small_study: list[str],
-    command: Callable[..., int],
+    longrope_in: Longrope,
     stop_after: Any,
     text_folder: Path,
     tmp_path_factory: pytest.TempPathFactory,
@@ -301,13 +301,13 @@ def world(
         "other-text": [f"--data={folder / 'edited'}"],
         "no-model": [f"--model={folder / 'vanished'}"],
     }
-    assert command(folder, "launch", "--study=done", *small_study) == 0
+    assert longrope_in(folder, "launch", "--study=done", *small_study).status == 0
     with pytest.MonkeyPatch.context() as patch:
         stop_after(patch, 0)
         for name, arguments in stopped.items():
             # Another seed, or the store would know everything already and the study would not stop.
-            started = command(folder, "launch", f"--study={name}", *small_study, *arguments, "--seed=1")
-            assert started == 130
+            started = longrope_in(folder, "launch", f"--study={name}", *small_study, *arguments, "--seed=1")
+            assert started.status == 130
     shutil.rmtree(folder / "vanished")
     shutil.copy(folder / "reseeded" / "model.safetensors", folder / "changing")
     for path in (folder / "edited").iterdir():
@@ -424,7 +424,7 @@ class Place:
 
     def __init__(self, folder: Path, world: Path, longrope: Longrope, names: dict[str, str]) -> None:
         self.folder = folder
-        self._longrope = longrope
+        self.longrope = longrope
         self._names = names
         shutil.copy(world / STORE, folder / STORE)
 
@@ -435,7 +435,7 @@ class Place:
     def refuses(self, bad: Bad) -> None:
         """One line that says it, and nothing left behind."""
         before = (files(self.folder), kept(self.folder))
-        ended = self._longrope(*self.arguments(bad.command))
+        ended = self.longrope(*self.arguments(bad.command))
         says = bad.says.format(**self._names)
         assert ended.status == bad.status, ended
         assert says in ended.err
@@ -490,7 +490,7 @@ def test_a_study_that_is_held(place: Place) -> None:
 def test_a_store_that_is_locked(place: Place) -> None:
     with closing(sqlite3.connect(place.folder / STORE, isolation_level=None)) as connection:
         connection.execute("BEGIN EXCLUSIVE")
-        ended = place._longrope(*place.arguments(f"{LAUNCH} --storage 'sqlite:///{STORE}?timeout=0.2'"))
+        ended = place.longrope(*place.arguments(f"{LAUNCH} --storage 'sqlite:///{STORE}?timeout=0.2'"))
     assert (ended.status, ended.out) == (1, "")
     assert ended.err.startswith(f"Error: The store sqlite:///{STORE} cannot be opened: database is locked.")
     assert len(ended.err.splitlines()) == 1
@@ -529,21 +529,29 @@ class TestFullDisk:
         return path
 
     def test_under_the_store(
-        self, disk: Path, command: Callable[..., int], longrope: Longrope, small_study: list[str], tmp_path: Path
+        self,
+        disk: Path,
+        longrope_in: Longrope,
+        small_study: list[str],
+        process_environment: dict[str, str],
+        tmp_path: Path,
     ) -> None:
+        """In a process of its own: on a full disk it can free the study only by its end."""
         storage = f"--storage=sqlite:///{disk / STORE}"
-        launched = longrope("launch", "--study=full", *small_study, storage)
-        assert launched.status == 1
-        assert len(launched.err.splitlines()) == 1
-        assert launched.err.startswith(f"Error: The store sqlite:///{disk / STORE} failed: ")
-        assert "free space or mend the access, then `longrope resume full`" in launched.err
-        assert "generation 0/2" in launched.out
+        launched = in_process_of_its_own(
+            process_environment, tmp_path, ["launch", "--study=full", *small_study, storage]
+        )
+        assert launched.returncode == 1
+        assert len(launched.stderr.splitlines()) == 1
+        assert launched.stderr.startswith(f"Error: The store sqlite:///{disk / STORE} failed: ")
+        assert "free space or mend the access, then `longrope resume full`" in launched.stderr
+        assert "generation 0/2" in launched.stdout
         subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
-        assert longrope("resume", "full", storage).status == 0
-        assert self.undisturbed(command, small_study, tmp_path) == (tmp_path / "full-factors.json").read_bytes()
+        assert longrope_in(tmp_path, "resume", "full", storage).status == 0
+        assert self.undisturbed(longrope_in, small_study, tmp_path) == (tmp_path / "full-factors.json").read_bytes()
 
     def test_under_the_factor_file(
-        self, disk: Path, command: Callable[..., int], longrope: Longrope, small_study: list[str], tmp_path: Path
+        self, disk: Path, longrope_in: Longrope, longrope: Longrope, small_study: list[str], tmp_path: Path
     ) -> None:
         ballast = self.fill(disk)
         launched = longrope("launch", "--study=full", *small_study, f"--out={disk}")
@@ -557,12 +565,12 @@ class TestFullDisk:
         resumed = longrope("resume", "full")
         assert resumed.status == 0
         assert "\n0 evaluations computed" in resumed.out
-        assert self.undisturbed(command, small_study, tmp_path) == (disk / "full-factors.json").read_bytes()
+        assert self.undisturbed(longrope_in, small_study, tmp_path) == (disk / "full-factors.json").read_bytes()
 
     def test_under_the_tokens(self, disk: Path, place: Place, tmp_path: Path) -> None:
         self.fill(disk)
         before = kept(tmp_path)
-        ended = place._longrope(*place.arguments(LAUNCH), LONGROPE_CACHE=str(disk / "cache"))
+        ended = place.longrope(*place.arguments(LAUNCH), LONGROPE_CACHE=str(disk / "cache"))
         assert (ended.status, ended.out) == (1, "")
         assert len(ended.err.splitlines()) == 1
         assert "No space left on device); make room there, or set LONGROPE_CACHE to another folder." in ended.err
@@ -573,18 +581,18 @@ class TestFullDisk:
         before = files(disk)
         export = "export done --method pi --out"
         for form in ("--to transformers", "--to transformers-config", "--to json"):
-            ended = place._longrope(*place.arguments(f"{export} {disk / 'exported'} {form}"))
+            ended = place.longrope(*place.arguments(f"{export} {disk / 'exported'} {form}"))
             assert (ended.status, ended.out) == (1, "")
             assert len(ended.err.splitlines()) == 1
             assert "exported cannot be written: No space left on device" in ended.err
             assert files(disk) == before
 
     @staticmethod
-    def undisturbed(command: Callable[..., int], small_study: list[str], tmp_path: Path) -> bytes:
+    def undisturbed(longrope_in: Longrope, small_study: list[str], tmp_path: Path) -> bytes:
         """The factor file of the same study where there is space."""
         folder = tmp_path / "undisturbed"
         folder.mkdir()
-        assert command(folder, "launch", "--study=full", *small_study) == 0
+        assert longrope_in(folder, "launch", "--study=full", *small_study).status == 0
         return (folder / "full-factors.json").read_bytes()
 
     def test_as_a_limit_on_files(self, longrope: Longrope, small_study: list[str], tmp_path: Path) -> None:
@@ -620,30 +628,24 @@ class TestFullDisk:
             assert ended.stderr.startswith("Error: Reading or writing failed: [Errno 28] No space left on device")
 
 
-class TestAsAProcess:
-    """The command as its users run it, with everything that libraries print by themselves."""
+@pytest.mark.ray
+def test_a_gpu_where_none_is(small_study: list[str], process_environment: dict[str, str], tmp_path: Path) -> None:
+    """In a process of its own, with everything that libraries print by themselves."""
+    arguments = [argument for argument in small_study if argument != "--in-process"]
+    environment = {**process_environment, "CUDA_VISIBLE_DEVICES": ""}
+    launch = ["launch", *arguments, "--gpus-per-worker=1", "--workers=1"]
+    ended = in_process_of_its_own(environment, tmp_path, launch)
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert len(ended.stderr.splitlines()) == 1
+    assert ended.stderr.startswith(
+        "Error: 1 workers of 1 GPUs, 1 CPUs each were asked for, but the Ray cluster has 0 GPUs"
+    )
+    assert "lower --workers, --gpus-per-worker or --threads" in ended.stderr
+    assert kept(tmp_path)["longrope_studies"] == []
 
-    def refuses(self, folder: Path, environment: dict[str, str], arguments: list[str]) -> str:
-        run = [sys.executable, "-m", "cli", "launch", *arguments]
-        ended = subprocess.run(run, env=environment, cwd=folder, capture_output=True, text=True, check=False)
-        assert (ended.returncode, ended.stdout) == (1, "")
-        assert ended.stderr.startswith("Error: ")
-        assert len(ended.stderr.splitlines()) == 1
-        return ended.stderr
 
-    def test_gpt2(
-        self, world: Path, small_study: list[str], process_environment: dict[str, str], tmp_path: Path
-    ) -> None:
-        printed = self.refuses(tmp_path, process_environment, [*small_study, f"--model={world / 'gpt2'}"])
-        assert "has no rotary position embedding" in printed
-
-    @pytest.mark.ray
-    def test_a_gpu_where_none_is(
-        self, small_study: list[str], process_environment: dict[str, str], tmp_path: Path
-    ) -> None:
-        arguments = [argument for argument in small_study if argument != "--in-process"]
-        environment = {**process_environment, "CUDA_VISIBLE_DEVICES": ""}
-        printed = self.refuses(tmp_path, environment, [*arguments, "--gpus-per-worker=1", "--workers=1"])
-        assert "1 workers of 1 GPUs, 1 CPUs each were asked for, but the Ray cluster has 0 GPUs" in printed
-        assert "lower --workers, --gpus-per-worker or --threads" in printed
-        assert kept(tmp_path)["longrope_studies"] == []
+def in_process_of_its_own(
+    environment: dict[str, str], folder: Path, arguments: list[str]
+) -> subprocess.CompletedProcess[str]:
+    run = [sys.executable, "-m", "cli", *arguments]
+    return subprocess.run(run, env=environment, cwd=folder, capture_output=True, text=True, check=False)

@@ -8,7 +8,6 @@ import math
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +21,7 @@ from storage.factor_file import read
 from storage.repository import Repository, ScoredCandidate
 
 if TYPE_CHECKING:
-    from conftest import Longrope
+    from conftest import Ended, Longrope
 
 ROOT = Path(cli.__file__).parent
 STORE = "longrope.db"
@@ -66,14 +65,11 @@ class Shared:
 
 
 @pytest.fixture(scope="module")
-def shared(command: Callable[..., int], small_study: list[str], tmp_path_factory: pytest.TempPathFactory) -> Shared:
+def shared(longrope_in: Longrope, small_study: list[str], tmp_path_factory: pytest.TempPathFactory) -> Shared:
     folder = tmp_path_factory.mktemp("shared")
-    with pytest.MonkeyPatch.context() as patch, (folder / "out").open("w") as out, (folder / "err").open("w") as err:
-        patch.setattr(sys, "stdout", out)
-        patch.setattr(sys, "stderr", err)
-        status = command(folder, "launch", "--study=shared", "--json", *small_study)
-    assert status == 0, (folder / "err").read_text()
-    return Shared(folder, (folder / "out").read_text(), (folder / "err").read_text())
+    ended = longrope_in(folder, "launch", "--study=shared", "--json", *small_study)
+    assert ended.status == 0, ended.err
+    return Shared(folder, ended.out, ended.err)
 
 
 class TestLaunch:
@@ -133,15 +129,15 @@ class TestLaunch:
         assert "test: 4 windows of 2 documents, 1020 tokens scored" in shared.err
 
     def test_a_seed_gives_equal_bytes(
-        self, command: Callable[..., int], shared: Shared, small_study: list[str], tmp_path: Path
+        self, longrope_in: Longrope, shared: Shared, small_study: list[str], tmp_path: Path
     ) -> None:
-        assert command(tmp_path, "launch", "--study=shared", *small_study) == 0
+        assert longrope_in(tmp_path, "launch", "--study=shared", *small_study).status == 0
         assert (tmp_path / "shared-factors.json").read_bytes() == shared.factors.read_bytes()
 
     def test_other_seeds_search_elsewhere(
-        self, command: Callable[..., int], shared: Shared, small_study: list[str], tmp_path: Path
+        self, longrope_in: Longrope, shared: Shared, small_study: list[str], tmp_path: Path
     ) -> None:
-        assert command(tmp_path, "launch", "--study=shared", *small_study, "--seed=1") == 0
+        assert longrope_in(tmp_path, "launch", "--study=shared", *small_study, "--seed=1").status == 0
         mutants = [
             {row.factors.lambdas for row in candidates(folder, "shared") if row.origin == "mutant"}
             for folder in (shared.folder, tmp_path)
@@ -275,25 +271,25 @@ def with_own_code(model: Path, folder: Path) -> None:
 
 
 class TestResume:
-    def stop(self, command: Callable[..., int], folder: Path, stop_after: Any, evaluations: int, *launch: str) -> int:
+    def stop(self, longrope_in: Longrope, folder: Path, stop_after: Any, evaluations: int, *launch: str) -> Ended:
         with pytest.MonkeyPatch.context() as patch:
             stop_after(patch, evaluations)
-            return command(folder, "launch", "--study=shared", *launch)
+            return longrope_in(folder, "launch", "--study=shared", *launch)
 
     @pytest.mark.parametrize("evaluations", [0, 5, 40])
     def test_goes_on_to_the_same_bytes(
         self,
-        command: Callable[..., int],
+        longrope_in: Longrope,
         longrope: Longrope,
         shared: Shared,
         small_study: list[str],
         stop_after: Any,
         tmp_path: Path,
-        capsys: pytest.CaptureFixture[str],
         evaluations: int,
     ) -> None:
-        assert self.stop(command, tmp_path, stop_after, evaluations, *small_study) == 130
-        assert "what was computed is kept. Go on with: longrope resume shared" in capsys.readouterr().out
+        assert self.stop(longrope_in, tmp_path, stop_after, evaluations, *small_study).status == 130
+        stopped = self.stop(longrope_in, tmp_path, stop_after, evaluations, *small_study)
+        assert stopped.status == 130
         assert not (tmp_path / "shared-factors.json").exists()
         resumed = longrope("resume", "shared", "--json")
         assert resumed.status == 0
@@ -303,7 +299,7 @@ class TestResume:
 
     def test_from_another_folder_and_with_relative_paths(
         self,
-        command: Callable[..., int],
+        longrope_in: Longrope,
         tiny_llama_folder: Path,
         text_folder: Path,
         small_study: list[str],
@@ -316,8 +312,8 @@ class TestResume:
         (here / "model").symlink_to(tiny_llama_folder)
         (here / "text").symlink_to(text_folder)
         relative = ["--model=./model", "--data=text"]
-        assert self.stop(command, here, stop_after, 3, *small_study, *relative) == 130
-        assert command(elsewhere, "resume", "shared", f"--storage=sqlite:///{here / STORE}") == 0
+        assert self.stop(longrope_in, here, stop_after, 3, *small_study, *relative).status == 130
+        assert longrope_in(elsewhere, "resume", "shared", f"--storage=sqlite:///{here / STORE}").status == 0
         assert (here / "shared-factors.json").is_file()
         assert not (elsewhere / "shared-factors.json").exists()
 
@@ -335,14 +331,14 @@ class TestResume:
 
     def test_other_numerics_are_refused_unless_accepted(
         self,
-        command: Callable[..., int],
+        longrope_in: Longrope,
         longrope: Longrope,
         small_study: list[str],
         stop_after: Any,
         tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        assert self.stop(command, tmp_path, stop_after, 5, *small_study) == 130
+        assert self.stop(longrope_in, tmp_path, stop_after, 5, *small_study).status == 130
         before = candidates(tmp_path, "shared")
         monkeypatch.setattr("transformers.__version__", "99.0")
         refused = longrope("resume", "shared")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ from workers.sources import HUB_NAME, read_texts
 
 # The reference documents are few and named. Sized so that the default search ends within minutes on two cores.
 REFERENCE_QUOTAS: Mapping[str, Quota] = {"search": Quota(6, 1), "selection": Quota(None, 1), "test": Quota(None, 2)}
+
+LEAST_TEST_WINDOWS = 16  # where the data allow
 
 
 @dataclass(frozen=True)
@@ -68,14 +70,24 @@ class CorpusRequest:
 
     def quotas(self) -> dict[str, Quota]:
         """By part, in the order they are dealt."""
-        named = bool(self.selection or not self.sources)
         defaults = DEFAULT_QUOTAS if self.sources else REFERENCE_QUOTAS
         return {
             part: Quota(
-                self.documents.get(part, None if named and self.sources else defaults[part].documents),
-                self.windows.get(part, defaults[part].windows),
+                self.documents.get(part, defaults[part].documents), self.windows.get(part, defaults[part].windows)
             )
             for part in PARTS
+        }
+
+    def named_quotas(self, by_part: Mapping[str, Sequence[TokenisedDocument]], length: int) -> dict[str, Quota]:
+        """By part, where the user named the sets: not more search documents than by default, all of the others."""
+        usual = self.quotas()
+        long_enough = sum(len(document.tokens) >= length for document in by_part["search"])
+        search = self.documents.get("search", min(long_enough, usual["search"].documents or 1) or 1)
+        test = max(usual["test"].windows, -(-LEAST_TEST_WINDOWS // len(by_part["test"])))
+        return {
+            "search": Quota(search, usual["search"].windows),
+            "selection": Quota(self.documents.get("selection"), usual["selection"].windows),
+            "test": Quota(self.documents.get("test"), self.windows.get("test", test)),
         }
 
 
@@ -111,11 +123,9 @@ def load_corpus(request: CorpusRequest, tokenizer: Any, length: int) -> Document
         by_part = {part: tokens(tuple(str(path) for path in paths)) for part, paths in held_out_documents().items()}
         return named_sets(by_part, length, request.quotas(), bos)
     if request.selection:
-        by_part = {
-            part: tokens(sources)
-            for part, sources in zip(PARTS, (request.sources, request.selection, request.test), strict=True)
-        }
-        return named_sets(by_part, length, request.quotas(), bos)
+        named = zip(PARTS, (request.sources, request.selection, request.test), strict=True)
+        by_part = {part: tokens(sources) for part, sources in named}
+        return named_sets(by_part, length, request.named_quotas(by_part, length), bos)
     return draw_sets(tokens(request.sources), length, request.quotas(), request.seed, bos)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from searcher.baselines import BASELINES
@@ -23,6 +23,7 @@ def perplexity_by_length(
     scorer: DescribedScorer,
     documents: Mapping[int, Sequence[Document]],
     regimes: Sequence[tuple[int, int, Factors]],
+    shipped_at: Callable[[int], Factors | None],
 ) -> dict[str, dict[int, float]]:
     """Method -> length -> perplexity, each method under its own attention factor.
 
@@ -33,6 +34,7 @@ def perplexity_by_length(
     ----------
     documents: length -> windows of that length.
     regimes: (min_length, max_length, factors) of a factor file.
+    shipped_at: what the model's own config scales by at a length; asked only where it scales at all.
     """
     spec, shipped = scorer.info.spec, scorer.info.shipped
     untouched = Factors((1.0,) * spec.pairs)
@@ -43,7 +45,7 @@ def perplexity_by_length(
             if scale > 1 or name == "none":
                 rows.setdefault(name, {})[length] = make(spec, scale)
         if shipped is not None:
-            rows.setdefault(f"{SHIPPED}_{shipped[0]}", {})[length] = shipped[1]
+            rows.setdefault(f"{SHIPPED}_{shipped[0]}", {})[length] = shipped_at(length) or untouched
         if regimes:
             serving = next((f for low, high, f in regimes if low <= length <= high), None)
             if serving is not None or length <= spec.original_length:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import platform
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,14 +23,16 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 ATTENTIONS = ("auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3")
 # Eager attention holds heads x L x L weights; beyond this length that is no longer a working size.
 EAGER_MAX_LENGTH = 8192
-# Windowed attention without a flash kernel needs a mask of L x L bytes; beyond this length (1 GiB) it is refused.
-MASK_MAX_LENGTH = 32768
+# Windowed attention without a flash kernel needs an L x L mask, in float32 with its copies 5.3 bytes an entry as
+# measured: 1.4 GB at this length, beyond which it is refused.
+MASK_MAX_LENGTH = 16384
 # A window longer than any target: the way to switch windowed attention off that every family understands.
 NO_WINDOW = 2**30
 # Families whose attention pairs neighbouring dimensions although their cos and sin are laid out in halves.
 INTERLEAVED_FAMILIES = ("cohere", "cohere2", "glm", "glm4", "ernie4_5", "gptj", "codegen", "helium")
 # What AutoModelForCausalLM needs from a hub; weights in any other form are not fetched.
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+CODE = "*.py"  # fetched, and part of the model's identity, only where its code may run
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ class LoadedModel:
             yield
 
 
-def resolve_folder(path: str) -> Path:
+def resolve_folder(path: str, trust_remote_code: bool = False) -> Path:
     """The local folder of a model: the path itself, or the hub's files in the local cache.
 
     Raises
@@ -143,7 +145,7 @@ def resolve_folder(path: str) -> Path:
         looks_local = folder.exists() or path.startswith((".", "/", "~")) or path.count("/") != 1
         if looks_local:
             raise LongRopeError(f"There is no model folder {path}; give a folder with config.json, or a hub name.")
-        folder = _from_hub(path)
+        folder = _from_hub(path, [*HUB_FILES, CODE] if trust_remote_code else HUB_FILES)
     if not (folder / "config.json").is_file():
         raise LongRopeError(f"{path} holds no config.json, so it is not a Hugging Face model folder.")
     if not any(folder.glob("*.safetensors")):
@@ -154,11 +156,11 @@ def resolve_folder(path: str) -> Path:
     return folder
 
 
-def _from_hub(name: str) -> Path:
+def _from_hub(name: str, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # the hub's errors share no base class
         raise LongRopeError(
             f"{name} is neither a folder here nor could it be fetched from the Hugging Face hub "
@@ -166,14 +168,15 @@ def _from_hub(name: str) -> Path:
         ) from error
 
 
-def model_digest(folder: Path) -> str:
-    """SHA-256 of the weights and of the config, its remarks on names and versions aside."""
+def model_digest(folder: Path, trust_remote_code: bool = False) -> str:
+    """SHA-256 of the weights, of the config (its remarks on names and versions aside), and of code that may run."""
     digest = hashlib.sha256()
     config = read_config_json(folder)
     for remark in ("_name_or_path", "transformers_version"):
         config.pop(remark, None)
     digest.update(json.dumps(config, sort_keys=True).encode())
-    for path in sorted(folder.glob("*.safetensors")):
+    code = sorted(folder.glob(CODE)) if trust_remote_code else []
+    for path in [*sorted(folder.glob("*.safetensors")), *code]:
         with path.open("rb") as handle:
             digest.update(hashlib.file_digest(handle, "sha256").digest())
     return digest.hexdigest()
@@ -192,7 +195,7 @@ def read_config_json(folder: Path) -> dict[str, Any]:
 
 def read_original_length(path: str, trust_remote_code: bool = False) -> int:
     """L0 as the model's config states it, without loading the weights."""
-    return original_length(_read_config(resolve_folder(path), path, trust_remote_code))
+    return original_length(_read_config(resolve_folder(path, trust_remote_code), path, trust_remote_code))
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
@@ -217,7 +220,7 @@ def load_model(request: ModelRequest) -> LoadedModel:
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    folder = resolve_folder(request.path)
+    folder = resolve_folder(request.path, request.trust_remote_code)
     config = _read_config(folder, request.path, request.trust_remote_code)
     _refuse_other_positions(config, request.path)
     window = _settle_window(config, request)
@@ -289,7 +292,10 @@ def _read_config(folder: Path, path: str, trust_remote_code: bool) -> Any:
 def decoder_layers(model: Any) -> nn.ModuleList:
     """The decoder layers of a causal model: its outermost module list of as many modules as the config has layers."""
     layers = model.config.num_hidden_layers
-    return next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == layers)
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == layers:
+            return module
+    raise LongRopeError(f"{type(model).__name__} has no list of its {layers} decoder layers, which is not known.")
 
 
 def _rotary_geometry(model: Any, config: Any, request: ModelRequest) -> tuple[RopeSpec, str, bool]:
@@ -351,8 +357,15 @@ def original_length(config: Any) -> int:
     raise LongRopeError("The config states no max_position_embeddings; give the trained length with --original-length.")
 
 
+def shipped_factors(path: str, spec: RopeSpec, length: int, trust_remote_code: bool = False) -> Factors | None:
+    """What the config of a model scales RoPE by at one length, absolute; None where it does not."""
+    config = _read_config(resolve_folder(path, trust_remote_code), path, trust_remote_code)
+    shipped = _shipped_factors(config, spec, length)
+    return None if shipped is None else shipped[1]
+
+
 def _shipped_factors(config: Any, spec: RopeSpec, target: int) -> tuple[str, Factors] | None:
-    """What the config's own scaling amounts to at the target length, absolute against the unscaled RoPE."""
+    """Name and factors of the config's own scaling at the target length, absolute against the unscaled RoPE."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     kind = config.rope_parameters.get("rope_type", "default")
@@ -388,19 +401,21 @@ def _settle_window(config: Any, request: ModelRequest) -> int | None:
     if window is None or (kinds is not None and "sliding_attention" not in kinds):
         if wish not in (None, "keep", "off"):
             raise LongRopeError(
-                f"{request.path} attends to all tokens, so it has no window to set to {wish}; leave --sliding-window out."
+                f"{request.path} attends to all tokens and has no window to set to {wish}; leave --sliding-window out."
             )
         return None
-    if wish is None:
-        if window < request.target_length:
-            raise LongRopeError(
-                f"{request.path} attends to a window of {window} tokens, shorter than the target of "
-                f"{request.target_length}; choose --sliding-window keep (as trained), off (attend to all) or a number."
-            )
-        return int(window)
-    if wish != "keep":
-        config.sliding_window = NO_WINDOW if wish == "off" else int(wish)
-    return None if wish == "off" else int(config.sliding_window)
+    if wish is None and window < request.target_length:
+        raise LongRopeError(
+            f"{request.path} attends to a window of {window} tokens, shorter than the target of "
+            f"{request.target_length}; choose --sliding-window keep (as trained), off (attend to all) or a number."
+        )
+    if wish not in ("keep", None):
+        window = NO_WINDOW if wish == "off" else int(wish)
+    if window >= request.target_length:  # attends to everything: no mask is needed
+        config.sliding_window = NO_WINDOW
+        return None
+    config.sliding_window = window
+    return int(window)
 
 
 def _settle_attention(config: Any, request: ModelRequest, window: int | None) -> str:
@@ -415,8 +430,7 @@ def _settle_attention(config: Any, request: ModelRequest, window: int | None) ->
             f"Eager attention holds all L x L weights and serves targets up to {EAGER_MAX_LENGTH} tokens, "
             f"not {request.target_length}; {request.path} needs a fused kernel (--attention) or a shorter target."
         )
-    masked = window is not None and window < request.target_length and not attention.startswith("flash")
-    if masked and request.target_length > MASK_MAX_LENGTH:
+    if window is not None and not attention.startswith("flash") and request.target_length > MASK_MAX_LENGTH:
         raise LongRopeError(
             f"A window of {window} tokens under {attention} attention needs an L x L mask and serves targets up to "
             f"{MASK_MAX_LENGTH} tokens, not {request.target_length}; use --attention flash_attention_2, or "
@@ -445,12 +459,16 @@ def _device_name(device: torch.device) -> str:
 
 
 def _cpu_model() -> str:
+    """The processor's own name; on ARM its implementer and part; else what the platform module knows."""
     info = Path("/proc/cpuinfo")
     if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return os.uname().machine
+        fields = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)
+        named = {key.strip(): value.strip() for key, value in fields.items()}
+        if "model name" in named:
+            return named["model name"]
+        if "CPU part" in named:
+            return f"{named.get('CPU implementer', '')} {named['CPU part']} {named.get('CPU variant', '')}".strip()
+    return platform.processor() or platform.machine()
 
 
 def _one_line(error: BaseException) -> str:

@@ -8,15 +8,18 @@ is replaced; a place whose replacements die REPLACEMENTS times in a row without 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from searcher.errors import LongRopeError
 from searcher.study import Outcome, Unit
@@ -27,6 +30,7 @@ from workers.scorer import PoolRequest, Tokens
 
 ATTEMPTS = 3
 REPLACEMENTS = 3
+PATIENCE = 30.0  # seconds between looks at the deadlines of replacements
 START_TIMEOUT = 1800.0  # seconds; reading the weights of a large model from a slow disk
 
 
@@ -39,6 +43,7 @@ class _Place:
     call: Any = None
     unit: Unit | None = None
     losses: int = 0
+    deadline: float = 0.0
 
 
 class RayScorer:
@@ -51,15 +56,19 @@ class RayScorer:
     """
 
     def __init__(self, request: ModelRequest, tokens: Tokens, pool: PoolRequest) -> None:
+        terminated = signal.getsignal(signal.SIGTERM)
         self._reaper: subprocess.Popen[bytes] | None = None
         self._places: list[_Place] = []
         self._attempts: dict[str, int] = {}
+        self._last_loss = ""
         try:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             if pool.ray_address is None:
                 self._reaper = _start_reaper(_start_cluster((pool.workers or 1) * request.threads))
             else:
                 _join_cluster(pool.ray_address)
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, terminated)  # Ray puts a handler of its own in its place
             self._gpus, count = _settle(pool, request.threads)
             self._request = replace(request, device="cuda" if self._gpus else "cpu")
             self._shared = ray.put(dict(tokens))
@@ -89,82 +98,112 @@ class RayScorer:
             self._reaper.communicate()
 
     def evaluate(self, units: Sequence[Unit]) -> Iterator[Outcome]:
-        """Outcomes as they finish."""
+        """Outcomes as they finish. It ends with the last unit; a replacement that still starts is left to the next."""
         queue = deque(units)
-        while True:
+        try:
+            while True:
+                for place in self._places:
+                    if queue and place.actor is not None and place.call is None:
+                        place.unit = queue.popleft()
+                        call = place.actor.score.remote(place.unit.key, place.unit.factors, place.unit.document)
+                        place.call = call
+                if not queue and all(place.unit is None for place in self._places):
+                    return
+                place = self._next_ready()
+                unit, call, place.unit, place.call = place.unit, place.call, None, None
+                result = self._collect(call, place, unit)
+                if isinstance(result, Outcome):
+                    yield result
+                elif result is not None:
+                    queue.appendleft(result)
+        finally:  # closed midway: what is in flight belongs to nobody
             for place in self._places:
-                if queue and place.actor is not None and place.call is None:
-                    self._dispatch(place, queue.popleft())
+                if place.unit is not None:
+                    place.unit = None
+                    self._replace(place, "its call was given up")
+
+    def _next_ready(self) -> _Place:
+        """The place whose call finished first; a start that takes too long counts as a loss."""
+        while True:
             in_flight = {place.call: place for place in self._places if place.call is not None}
             if not in_flight:
-                break
-            (ready,), _ = ray.wait(list(in_flight), num_returns=1)
-            place = in_flight[ready]
-            unit, place.unit, place.call = place.unit, None, None
-            result = self._collect(ready, place, unit)
-            if isinstance(result, Outcome):
-                yield result
-            elif result is not None:
-                queue.appendleft(result)
-        if queue:
-            raise LongRopeError(
-                f"All {len(self._places)} workers were lost, each {REPLACEMENTS} times in a row; look for the reason "
-                "(memory above all), then go on with longrope resume."
-            )
-
-    def _dispatch(self, place: _Place, unit: Unit) -> None:
-        place.unit = unit
-        place.call = place.actor.score.remote(unit.key, unit.factors, unit.document)
+                raise LongRopeError(
+                    f"All {len(self._places)} workers were lost, and so were {REPLACEMENTS} replacements of each in a "
+                    f"row, the last because: {self._last_loss}; mend that, then go on with longrope resume."
+                )
+            ready, _ = ray.wait(list(in_flight), num_returns=1, timeout=PATIENCE)
+            if ready:
+                return in_flight[ready[0]]
+            for place in in_flight.values():
+                if place.unit is None and time.monotonic() > place.deadline:
+                    self._replace(place, f"it did not start within {START_TIMEOUT:.0f} s")
 
     def _collect(self, call: Any, place: _Place, unit: Unit | None) -> Outcome | Unit | None:
-        """What a finished call gave: an outcome, the unit to be done again, or nothing (a replacement reported in)."""
+        """What a finished call gave: an outcome, the unit to be done again, or nothing (a replacement reported in).
+
+        A worker whose call raised is replaced as one that died: a device may be broken for good after an error.
+        """
+        reason = "the worker died"
         try:
             value = ray.get(call)
-        except RayTaskError as error:
             if unit is None:
-                raise _unwrapped(error) from error
+                self._check_profile(value)
+                return None
+        except RayTaskError as error:
+            reason = _one_line(error.cause or error)
+        except LongRopeError as error:  # a replacement on other hardware
+            reason = _one_line(error)
+        except RayError:
+            pass
+        else:
             place.losses = 0
-            return self._failed(unit, " ".join(str(error.cause).split())[:300])
-        except RayError:  # the worker or its node is gone
-            self._replace(place)
-            return None if unit is None else self._failed(unit, "the worker died")
-        if unit is None:
-            self._check_profile(value)
-            return None
-        place.losses = 0
-        outcome: Outcome = replace(value, worker=f"ray-{place.number}")
-        return outcome
+            outcome: Outcome = replace(value, worker=f"ray-{place.number}")
+            return outcome
+        self._replace(place, reason)
+        return None if unit is None else self._failed(unit, place, reason)
 
-    def _failed(self, unit: Unit, reason: str) -> Outcome | Unit:
+    def _failed(self, unit: Unit, place: _Place, reason: str) -> Outcome | Unit:
         """Count a failed attempt: the unit again, or the outcome to store where it was the last."""
         self._attempts[unit.key] = self._attempts.get(unit.key, 0) + 1
         if self._attempts[unit.key] < ATTEMPTS:
             return unit
+        place.losses = 0  # the unit is to blame, not the place
         return Outcome(unit.key, None, 0, failure=f"{reason} ({ATTEMPTS} attempts)")
 
-    def _replace(self, place: _Place) -> None:
+    def _replace(self, place: _Place, reason: str) -> None:
         """A new worker in a lost one's place; its start is in flight like a unit."""
+        self._last_loss = reason
+        if place.actor is not None:
+            ray.kill(place.actor)
         place.losses += 1
-        place.actor = None
-        if place.losses < REPLACEMENTS:
-            place.actor = create_worker(self._request.threads, self._gpus)
-            place.call = place.actor.start.remote(self._request, self._shared)
+        place.actor = place.call = None
+        if place.losses <= REPLACEMENTS:
+            self._start(place)
+
+    def _start(self, place: _Place) -> None:
+        place.actor = create_worker(self._request.threads, self._gpus)
+        place.call = place.actor.start.remote(self._request, self._shared)
+        place.deadline = time.monotonic() + START_TIMEOUT
 
     def _start_all(self) -> ModelInfo:
         for place in self._places:
-            place.actor = create_worker(self._request.threads, self._gpus)
-        calls = [place.actor.start.remote(self._request, self._shared) for place in self._places]
+            self._start(place)
         try:
-            described = ray.get(calls, timeout=START_TIMEOUT)
+            described = ray.get([place.call for place in self._places], timeout=START_TIMEOUT)
         except RayTaskError as error:
-            raise _unwrapped(error) from error
+            if isinstance(error.cause, LongRopeError):
+                raise error.cause from error
+            reason = _one_line(error.cause or error)
+            raise LongRopeError(f"A worker could not load {self._request.path}: {reason}") from error
         except GetTimeoutError as error:
             raise LongRopeError(
                 f"The {len(self._places)} workers did not start within {START_TIMEOUT:.0f} s; look at the cluster "
                 "with `ray status`."
             ) from error
-        except RayActorError as error:
-            raise LongRopeError(f"A worker died while it loaded {self._request.path}: {error}") from error
+        except RayError as error:
+            raise LongRopeError(f"A worker died while it loaded {self._request.path}: {_one_line(error)}") from error
+        for place in self._places:
+            place.call = None
         self.info = described[0]
         for other in described[1:]:
             self._check_profile(other)
@@ -181,16 +220,17 @@ class RayScorer:
             )
 
 
-def _unwrapped(error: RayTaskError) -> Exception:
-    """The user's error where it is one; Ray wraps it with a traceback."""
-    cause = error.cause
-    return cause if isinstance(cause, LongRopeError) else error
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def _join_cluster(address: str) -> None:
+    host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
+        if port.isdigit():  # ask whether anybody is there, for Ray would for a quarter of an hour
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
         ray.init(address=address, log_to_driver=False, configure_logging=False)
-    except (ConnectionError, ValueError, RuntimeError, RayError) as error:
+    except (OSError, OverflowError, ValueError, RuntimeError, RayError) as error:
         reason = " ".join(str(error).split())[:200]
         raise LongRopeError(f"No Ray cluster could be joined at {address}: {reason}") from error
 
@@ -225,13 +265,16 @@ def _settle(pool: PoolRequest, threads: int) -> tuple[float, int]:
     total = ray.cluster_resources()
     gpus = pool.gpus_per_worker if pool.gpus_per_worker is not None else float(total.get("GPU", 0) >= 1)
     needs = {"GPU": gpus, "CPU": float(threads)}
-    room = min(int(total.get(kind, 0) / need) for kind, need in needs.items() if need)
+    if gpus > 1:
+        raise LongRopeError(f"A worker holds its model on one GPU, so --gpus-per-worker is at most 1, not {gpus:g}.")
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    room = sum(min(int(node.get(kind, 0) / need) for kind, need in needs.items() if need) for node in nodes)
     workers = pool.workers or room
     if workers < 1 or workers > room:
         have = ", ".join(f"{total.get(kind, 0):g} {kind}s" for kind, need in needs.items() if need)
         want = ", ".join(f"{need:g} {kind}s" for kind, need in needs.items() if need)
         raise LongRopeError(
-            f"{max(workers, 1)} workers of {want} each were asked for, but the Ray cluster has {have}; lower "
-            "--workers, --gpus-per-worker or --threads, or join a larger cluster with --ray-address."
+            f"{max(workers, 1)} workers of {want} each were asked for, but the Ray cluster has {have}, room for "
+            f"{room}; lower --workers, --gpus-per-worker or --threads, or join a larger cluster with --ray-address."
         )
     return gpus, workers

@@ -57,7 +57,8 @@ def describe(loaded: LoadedModel, request: ModelRequest) -> ModelInfo:
         "transformers": transformers.__version__,
         "machine": platform.machine(),
     }
-    weights = model_digest(resolve_folder(request.path))
+    folder = resolve_folder(request.path, request.trust_remote_code)
+    weights = model_digest(folder, request.trust_remote_code)
     return ModelInfo(weights, profile, loaded.spec, loaded.shipped, loaded.pairing)
 
 

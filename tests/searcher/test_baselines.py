@@ -18,7 +18,7 @@ from searcher.rope import Factors, RopeSpec
 # Original lengths of 128 and 6 put YaRN's ramp on its edges: a bound clamped to 0, and no ramp at all.
 GEOMETRIES = [
     RopeSpec(theta, dim, length, 1)
-    for theta, dim, length in product([10_000.0, 500_000.0, 5e6], [16, 64, 128], [6, 128, 4096, 131_072])
+    for theta, dim, length in product([10_000.0, 500_000.0, 5e6], [16, 128], [6, 128, 4096, 131_072])
 ]
 SCALES = [1.5, 8.0, 512.0]
 FLOAT32 = 5e-6  # transformers computes in float32, through a power: some ulps
@@ -54,7 +54,8 @@ def oracle(
 def frequencies(spec: RopeSpec, factors: Factors) -> npt.NDArray[np.float64]:
     """theta^(-2i/d) / lambda_i, from the definition."""
     (lambdas,) = factors.by_layer()
-    return spec.theta ** (-2 * np.arange(spec.rotary_dim // 2) / spec.rotary_dim) / np.asarray(lambdas)
+    exponents = -2 * np.arange(spec.rotary_dim // 2) / spec.rotary_dim
+    return np.asarray(spec.theta**exponents / np.asarray(lambdas), dtype=np.float64)
 
 
 def base_changed(spec: RopeSpec, theta: float) -> npt.NDArray[np.float64]:
@@ -155,12 +156,12 @@ def test_none_is_the_untouched_model(spec: RopeSpec) -> None:
 
 
 @pytest.mark.parametrize("name", BASELINES)
-@geometries
-def test_factors_of_every_baseline_never_decrease_and_touch_no_start_token(name: str, spec: RopeSpec) -> None:
-    factors = BASELINES[name](spec, 8.0)
-    assert len(factors.lambdas) == spec.pairs
-    assert np.all(np.diff(np.asarray(factors.lambdas)) >= 0)
-    assert factors.n_hat == 0
+def test_factors_of_every_baseline_never_decrease_and_touch_no_start_token(name: str) -> None:
+    for spec in GEOMETRIES:
+        factors = BASELINES[name](spec, 8.0)
+        assert len(factors.lambdas) == spec.pairs
+        assert np.all(np.diff(np.asarray(factors.lambdas)) >= 0)
+        assert factors.n_hat == 0
 
 
 def test_only_yarn_has_an_attention_factor_of_its_own() -> None:

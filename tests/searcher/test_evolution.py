@@ -18,7 +18,7 @@ from searcher import evolution
 from searcher.baselines import BASELINES
 from searcher.errors import LongRopeError
 from searcher.evolution import PRESETS, Child, Evolution, State, ask, generator, tell
-from searcher.operators import MUTATIONS, random_individual
+from searcher.operators import MUTATIONS, crossover, random_individual
 from searcher.rope import RopeSpec
 from searcher.space import Individual, SearchSpace
 
@@ -189,7 +189,7 @@ def test_failed_individuals_are_no_parents(parents: set[Individual]) -> None:
 
 def test_the_two_parents_of_a_cross_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = []
-    real = evolution.crossover
+    real = crossover
 
     def watched(rng: np.random.Generator, first: Individual, second: Individual, *rest: Any) -> Individual:
         pairs.append((first, second))

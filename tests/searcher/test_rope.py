@@ -25,7 +25,7 @@ def loop(spec: RopeSpec, factors: Factors, positions: list[int]) -> list[list[fl
         for i in range(spec.rotary_dim // 2):
             frequency = 1 / spec.theta ** (2 * i / spec.rotary_dim)
             if position >= factors.n_hat:
-                frequency /= factors.lambdas[i]  # type: ignore[operator]
+                frequency /= factors.by_layer()[0][i]
             row.append(position * frequency)
         rows.append(row)
     return rows

@@ -24,6 +24,7 @@ from searcher.space import Individual, SearchSpace
 from searcher.study import (
     AT_STUDY_ATTENTION,
     SHORT,
+    UNCOMPUTED_IN_A_ROW,
     WITHOUT_N_HAT,
     Candidate,
     Document,
@@ -285,8 +286,9 @@ def test_a_search_that_dies_anywhere_ends_as_if_it_had_not(failing: Failing) -> 
         assert run(store, second) == expected, f"died after {left} steps"
         assert trace(store) == trace(whole), f"died after {left} steps"
         assert not recorded.keys() & second.computed.keys()
-        # One that was computed and not yet recorded is lost.
-        assert sum((first.computed + second.computed).values()) <= sum(scorer.computed.values()) + 1
+        # One value may be lost between its computing and its recording; what had no value is tried again.
+        again = [known for key in first.computed & second.computed if (known := whole.known(key))]
+        assert sum(outcome.nll is not None for outcome in again) <= 1
 
 
 @given(st.integers(0, 90), st.integers(0, 1000), st.sampled_from(MUTATIONS), st.integers(0, 3))
@@ -359,6 +361,9 @@ def test_what_is_in_the_store_is_not_asked_for_anew() -> None:
     run(store, AnalyticScorer(), replace(PLAN, seed=99))
     assert {place: store.generations[place].candidates for place in written} == written
     assert trace(store) != trace(unbroken()[0])
+    for generation in store.generations.values():
+        for candidate, row in zip(generation.candidates, generation.keys, strict=True):
+            assert row == [evaluation_key("a", candidate.factors, on) for on in generation.documents]
 
 
 def test_another_study_of_the_same_finds_all_in_the_store() -> None:
@@ -404,15 +409,16 @@ def test_the_winner_is_the_best_finalist_on_the_selection_set() -> None:
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_the_winner_is_never_worse_on_selection_than_a_seed(seed: int) -> None:
+def test_the_winner_is_never_worse_on_selection_than_a_seed_or_a_baseline_on_the_grid(seed: int) -> None:
     _, scorer, result = unbroken(sometimes, replace(PLAN, seed=seed, finalists=1))
     searched = result.scores["selection"]["searched"].loss
-    assert searched <= min(scorer.score(snapped(factors), "selection").loss for factors in SEEDS.values())
+    assert searched <= min(scorer.score(snapped(factors), "selection").loss for factors in BASELINE_FACTORS.values())
 
 
-def test_a_seed_that_the_search_set_dislikes_can_win(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["pi", "none"])
+def test_a_seed_or_baseline_that_the_search_set_dislikes_can_win(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Last on the search documents, best on the selection documents: it is among the finalists all the same."""
-    target = snapped(SEEDS["pi"])
+    target = snapped(BASELINE_FACTORS[name])
     plain = AnalyticScorer.loss
 
     def loss(self: AnalyticScorer, factors: Factors, on: Document) -> float:
@@ -422,7 +428,7 @@ def test_a_seed_that_the_search_set_dislikes_can_win(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(AnalyticScorer, "loss", loss)
     _, _, result = unbroken(plan=replace(PLAN, finalists=1))
-    assert result.winner == Candidate(target, "seed:pi")
+    assert result.winner.factors == target
 
 
 def test_without_n_hat_is_the_best_that_leaves_no_start_token_untouched() -> None:
@@ -496,13 +502,13 @@ def test_a_baseline_that_fails_is_a_row_with_a_reason(value: float | None) -> No
     assert math.isfinite(result.scores["test"]["searched"].loss)
 
 
-def test_a_later_generation_that_fails_as_a_whole_stops_nothing() -> None:
-    """One child a generation, and none of them can be scored: the first generation's scores stand."""
+def test_a_later_generation_that_overflows_as_a_whole_stops_nothing() -> None:
+    """One child a generation, and none of them has a finite loss: the first generation's scores stand."""
     first = {candidate.factors for generation, candidate in everyone(unbroken()[0]) if generation == 0}
     plan = replace(PLAN, evolution=replace(EVOLUTION, mutants=1, crosses=0))
 
     def failing(factors: Factors, on: Document) -> float | bool | None:
-        return None if on.name.startswith("search") and factors not in first else False
+        return math.nan if on.name.startswith("search") and factors not in first else False
 
     store, scorer, result = unbroken(failing, plan)
     assert [generation for generation, _ in everyone(store)] == [0] * 6 + [1, 2, 3]
@@ -512,15 +518,69 @@ def test_a_later_generation_that_fails_as_a_whole_stops_nothing() -> None:
 
 
 @pytest.mark.parametrize("part", ["search", "selection"])
-@pytest.mark.parametrize("value", [None, math.nan])
-def test_where_all_fail_the_first_reason_is_told(part: str, value: float | None) -> None:
+def test_where_all_overflow_the_first_reason_is_told(part: str) -> None:
     def failing(_factors: Factors, on: Document) -> float | bool | None:
-        return value if on.name.startswith(part) else False
+        return math.nan if on.name.startswith(part) else False
 
     store = MemoryStore()
-    for _ in range(2):  # also when it is tried again: failures are not computed anew
+    for _ in range(2):  # a loss that is not finite is a value: it is not computed anew
         with pytest.raises(LongRopeError, match=f"No candidate of {part} generation 0 .*{part}0 was too much"):
             run(store, AnalyticScorer(failing=failing))
+
+
+@pytest.mark.parametrize(("part", "generation"), [("search", 0), ("search", 2), ("selection", 0), ("test", 1)])
+def test_where_nothing_can_be_computed_the_reason_is_told_and_mending_it_goes_on(part: str, generation: int) -> None:
+    """It is the machine then, not the candidates: nothing of it stays."""
+    whole, _, expected = unbroken()
+    doomed = {c.factors for c in whole.generations[0, part, generation].candidates}
+
+    def failing(factors: Factors, on: Document) -> float | bool | None:
+        return None if on.name.startswith(part) and factors in doomed else False
+
+    store = MemoryStore()
+    for _ in range(2):
+        with pytest.raises(LongRopeError, match=f"could not be computed.*{part}[01] was too much"):
+            run(store, AnalyticScorer(failing=failing))
+    assert not store.failures
+    assert run(store, AnalyticScorer()) == expected
+    assert trace(store) == trace(whole)
+
+
+def test_a_machine_that_fails_is_not_asked_for_the_whole_generation() -> None:
+    scorer = AnalyticScorer(failing=lambda _factors, _on: None)
+    with pytest.raises(LongRopeError, match=f"{UNCOMPUTED_IN_A_ROW} evaluations in a row"):
+        run(MemoryStore(), scorer, replace(PLAN, evolution=replace(EVOLUTION, population=40)))
+    assert sum(scorer.computed.values()) == UNCOMPUTED_IN_A_ROW
+
+
+def test_many_that_cannot_be_computed_between_others_that_can_stop_nothing() -> None:
+    """Four in ten of forty candidates fail on every document, but never sixteen evaluations in a row."""
+
+    def failing(factors: Factors, on: Document) -> float | bool | None:
+        return None if on.name.startswith("search") and drawn(factors) < 110 else False
+
+    plan = replace(PLAN, evolution=replace(EVOLUTION, population=40, generations=0), seed=2)
+    store, scorer, result = unbroken(failing, plan)
+    assert len(store.failures) > 2 * UNCOMPUTED_IN_A_ROW
+    assert math.isfinite(result.history[0])
+    again = AnalyticScorer(failing=failing)
+    assert run(store, again, plan) == result
+    assert not again.computed
+    assert sum(scorer.computed.values()) == result.forwards - repeated(store)
+
+
+def repeated(store: MemoryStore) -> int:
+    """Units whose key another unit has too: a winner and its row, a baseline with the study's attention factor."""
+    keys = [key for written in store.generations.values() for row in written.keys for key in row]
+    return len(keys) - len(set(keys))
+
+
+def test_what_could_not_be_computed_before_the_process_died_is_tried_again() -> None:
+    """A failure is final with its generation only."""
+    store = MemoryStore()
+    with pytest.raises(Interrupted):
+        run(store, AnalyticScorer(failing=lambda f, _: None if drawn(f) < 128 else False), life=Life(10))
+    assert run(store, AnalyticScorer()) == unbroken()[2]
 
 
 @pytest.mark.parametrize("left", [0, 1, 2, 9, 14, 30, 40, 50, 60])

@@ -111,7 +111,8 @@ class TestProcesses:
             ({}, 1e9, False),  # it lives, however long it was silent: suspended, or the clock jumped
             ({"started": "1"}, 0, True),  # its pid is another process's by now
             ({"pid": 2**22 + 1}, 0, True),  # beyond Linux's largest
-            ({"boot_id": "an earlier boot"}, 0, True),
+            ({"boot_id": "an earlier boot"}, 31, True),  # the machine was started anew
+            ({"boot_id": "of a namesake"}, 29, False),  # perhaps another machine of this name: its heart beats
             ({"host": "elsewhere", "pid": 2**22 + 1}, 59, False),
             ({"host": "elsewhere", "boot_id": "another"}, 59, False),
             ({"host": "elsewhere"}, 61, True),

@@ -205,7 +205,7 @@ class Plain(nn.Module):
         table = plain(spec, factors, list(range(LONG)))
         self.cos, self.sin = (torch.from_numpy(part[:, columns]).float() for part in table)
 
-    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, _: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         return self.cos[position_ids], self.sin[position_ids]
 
 

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from searcher.baselines import BASELINES, none
 from searcher.errors import LongRopeError
@@ -21,11 +22,18 @@ from searcher.rope import Factors
 from searcher.study import Document
 from tests.tiny_models import WINDOW, window, write_model
 from workers.evaluate import perplexity_by_length
-from workers.model import ModelRequest
+from workers.model import ModelRequest, shipped_factors
 from workers.perplexity import negative_log_likelihood
 from workers.scorer import LocalScorer
 
 TARGET = 4 * WINDOW
+
+
+def no_scaling(length: int) -> None:
+    """What ``shipped_at`` is for a model whose config does not scale RoPE: never asked."""
+    raise AssertionError(f"asked at {length}")
+
+
 LENGTHS = (WINDOW // 2, WINDOW, WINDOW + 1, 2 * WINDOW, 2 * WINDOW + 1, TARGET)
 SHORT_REGIME = Factors((2.0,) * 8, 4, 1.1)
 LONG_REGIME = Factors((4.0,) * 8, 0, 1.2)
@@ -57,7 +65,7 @@ def test_every_method_is_scored_where_it_differs(llama_folder: Path) -> None:
     spec = scorer.info.spec
     # From one token beyond the window to twice the window, both included; and from twice on a longer one.
     regimes = [(WINDOW + 1, 2 * WINDOW, SHORT_REGIME), (2 * WINDOW + 1, TARGET, LONG_REGIME)]
-    rows = perplexity_by_length(scorer, texts, regimes)
+    rows = perplexity_by_length(scorer, texts, regimes, no_scaling)
     assert set(rows) == {*BASELINES, "searched"}
     assert set(rows["none"]) == set(rows["searched"]) == set(LENGTHS)
     for name in set(BASELINES) - {"none"}:
@@ -76,11 +84,11 @@ def test_every_method_is_scored_where_it_differs(llama_folder: Path) -> None:
 def test_a_length_that_no_regime_serves_has_no_searched_figure(llama_folder: Path) -> None:
     texts, tokens = documents((WINDOW, 2 * WINDOW, TARGET), 1)
     scorer = LocalScorer(ModelRequest(str(llama_folder), TARGET), tokens)
-    rows = perplexity_by_length(scorer, texts, [(WINDOW // 2, 2 * WINDOW, SHORT_REGIME)])
+    rows = perplexity_by_length(scorer, texts, [(WINDOW // 2, 2 * WINDOW, SHORT_REGIME)], no_scaling)
     assert set(rows["searched"]) == {WINDOW, 2 * WINDOW}
     # A regime that states the short lengths itself serves them.
     assert rows["searched"][WINDOW] != rows["none"][WINDOW]
-    assert "searched" not in perplexity_by_length(scorer, texts, [])
+    assert "searched" not in perplexity_by_length(scorer, texts, [], no_scaling)
 
 
 def test_the_scaling_of_the_config_is_a_row(tmp_path: Path) -> None:
@@ -88,19 +96,19 @@ def test_the_scaling_of_the_config_is_a_row(tmp_path: Path) -> None:
     folder = write_model(tmp_path, "llama", rope_parameters=parameters)
     texts, tokens = documents((TARGET,))
     scorer = LocalScorer(ModelRequest(str(folder), TARGET), tokens)
-    rows = perplexity_by_length(scorer, texts, [])
+    rows = perplexity_by_length(scorer, texts, [], lambda n: shipped_factors(str(folder), scorer.info.spec, n))
     assert rows["shipped_linear"][TARGET] == pytest.approx(rows["pi"][TARGET], rel=1e-5)
     # ``none`` is the unscaled model, not the one that the config makes.
     assert abs(rows["none"][TARGET] / rows["pi"][TARGET] - 1) > 1e-3
 
 
-def test_a_loss_that_is_not_finite_is_an_infinite_perplexity(llama_folder: Path, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_is_an_infinite_perplexity(tmp_path: Path) -> None:
     texts, tokens = documents((TARGET,), 1)
     folder = write_model(tmp_path, "llama")
     weights = load_file(folder / "model.safetensors")
     weights["lm_head.weight"] = torch.sign(weights["lm_head.weight"]) * 3e38
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    rows = perplexity_by_length(LocalScorer(ModelRequest(str(folder), TARGET), tokens), texts, [])
+    rows = perplexity_by_length(LocalScorer(ModelRequest(str(folder), TARGET), tokens), texts, [], no_scaling)
     assert {figure for by_length in rows.values() for figure in by_length.values()} == {math.inf}
 
 
@@ -113,4 +121,31 @@ def test_what_could_not_be_computed_is_an_error(
     scorer = LocalScorer(ModelRequest(str(llama_folder), TARGET, attention="eager"), tokens)
     texts = {WINDOW: [text for each in by_length.values() for text in each][::order]}
     with little_memory(), pytest.raises(LongRopeError, match=f"Length {WINDOW} could not be scored: RuntimeError"):
-        perplexity_by_length(scorer, texts, [])
+        perplexity_by_length(scorer, texts, [], no_scaling)
+
+
+def test_a_scaling_that_goes_by_length_is_shown_at_each(tmp_path: Path) -> None:
+    """Dynamic NTK and LongRoPE differ by length: at each, what the model itself would rotate by."""
+    for scaling in (
+        {"rope_type": "dynamic", "rope_theta": 500.0, "factor": 4.0},
+        {
+            "rope_type": "longrope",
+            "rope_theta": 500.0,
+            "short_factor": [1.0] * 8,
+            "long_factor": [3.0] * 8,
+            "original_max_position_embeddings": WINDOW,
+        },
+    ):
+        kind = str(scaling["rope_type"])
+        folder = write_model(tmp_path / kind, "llama", rope_parameters=scaling)
+        texts, tokens = documents((WINDOW, 2 * WINDOW, TARGET), 1)
+        scorer = LocalScorer(ModelRequest(str(folder), TARGET), tokens)
+        rows = perplexity_by_length(
+            scorer, texts, [], lambda n, at=folder: shipped_factors(str(at), scorer.info.spec, n)
+        )
+        for n, (text,) in texts.items():
+            model = AutoModelForCausalLM.from_pretrained(folder)
+            ids = torch.as_tensor(tokens[text.sha256].astype("int64"))[None]
+            with torch.no_grad():
+                own = float(model(input_ids=ids, labels=ids).loss.exp())
+            assert rows[f"shipped_{kind}"][n] == pytest.approx(own, rel=1e-4), (kind, n)
