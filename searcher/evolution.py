@@ -106,7 +106,7 @@ def ask(
     """The children of ``state.generation``: none of them scored before, none twice; empty when the search is over.
 
     Generation 0 holds all seeds and mutants of them. Fewer children than asked for come back only where the space
-    has run out of new individuals.
+    has run out of new individuals, or so nearly that a bounded number of draws finds none.
 
     Parameters
     ----------

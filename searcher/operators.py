@@ -1,6 +1,6 @@
 """Mutation and crossover: pure functions of (rng, parents, space). No loop here is without a bound.
 
-Two ways to keep individuals monotone, by name:
+Three ways to keep individuals monotone, by name:
 
 ``neighbours``  the paper's: a mutated factor is drawn between its neighbours' present values (the space's bounds at
                 both ends, so boundary dimensions move), a cross that is not monotone is drawn again.

@@ -346,7 +346,8 @@ def run_search(
     selection = scored("selection", 0, finalists)
     order = sorted(range(len(finalists)), key=lambda i: (selection[i].loss, individual_of(finalists[i]).key))
     winner = finalists[order[0]]
-    without_n_hat = next((finalists[i] for i in order if finalists[i].factors.n_hat == 0), None)
+    usable = (finalists[i] for i in order if math.isfinite(selection[i].loss))
+    without_n_hat = next((finalist for finalist in usable if finalist.factors.n_hat == 0), None)
 
     rows = _report_rows(plan, winner, without_n_hat)
     table: dict[str, dict[str, Score]] = {}

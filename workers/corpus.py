@@ -78,10 +78,12 @@ class CorpusRequest:
             for part in PARTS
         }
 
-    def named_quotas(self, by_part: Mapping[str, Sequence[TokenisedDocument]], length: int) -> dict[str, Quota]:
+    def named_quotas(
+        self, by_part: Mapping[str, Sequence[TokenisedDocument]], length: int, bos: int | None
+    ) -> dict[str, Quota]:
         """By part, where the user named the sets: not more search documents than by default, all of the others."""
         usual = self.quotas()
-        long_enough = sum(len(document.tokens) >= length for document in by_part["search"])
+        long_enough = sum(len(document.tokens) + (bos is not None) >= length for document in by_part["search"])
         search = self.documents.get("search", min(long_enough, usual["search"].documents or 1) or 1)
         test = max(usual["test"].windows, -(-LEAST_TEST_WINDOWS // len(by_part["test"])))
         return {
@@ -125,7 +127,7 @@ def load_corpus(request: CorpusRequest, tokenizer: Any, length: int) -> Document
     if request.selection:
         named = zip(PARTS, (request.sources, request.selection, request.test), strict=True)
         by_part = {part: tokens(sources) for part, sources in named}
-        return named_sets(by_part, length, request.named_quotas(by_part, length), bos)
+        return named_sets(by_part, length, request.named_quotas(by_part, length, bos), bos)
     return draw_sets(tokens(request.sources), length, request.quotas(), request.seed, bos)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -225,9 +226,11 @@ def _one_line(error: BaseException) -> str:
 
 
 def _join_cluster(address: str) -> None:
+    # Left alone, Ray tries twenty times, for forty seconds each, before it says that nobody is there.
+    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "1")
     host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
-        if port.isdigit():  # ask whether anybody is there, for Ray would for a quarter of an hour
+        if port.isdigit():
             socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
         ray.init(address=address, log_to_driver=False, configure_logging=False)
     except (OSError, OverflowError, ValueError, RuntimeError, RayError) as error:

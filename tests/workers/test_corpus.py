@@ -115,6 +115,24 @@ def test_named_sets_are_the_documents_that_were_named(books: Path) -> None:
     assert names(fewer)["search"] == names(request)["search"][:2]
 
 
+def test_named_search_documents_are_as_many_as_by_default_and_the_rest_is_used_whole(books: Path) -> None:
+    request = CorpusRequest((f"{books}/0*.txt",), (f"{books}/1[0-1].txt",), (f"{books}/1[2-3].txt",))
+    windows = names(request)
+    assert [name.split("[")[0] for name in windows["search"]] == [f"0{number}.txt" for number in range(5)]
+    assert len(windows["selection"]) == 4
+    assert len(windows["test"]) == 10  # eight of each are asked for, so that there are sixteen, but only five fit
+    assert len(names(request, 60)["test"]) == 16
+
+
+def test_a_named_document_of_just_one_window_counts(tmp_path: Path) -> None:
+    for number in range(5):
+        (tmp_path / f"{number}.txt").write_text(chr(ord("a") + number) * (LENGTH - 1))  # BOS makes it LENGTH tokens
+    request = CorpusRequest((f"{tmp_path}/[0-2].txt",), (f"{tmp_path}/3.txt",), (f"{tmp_path}/4.txt",))
+    assert {part: len(ours) for part, ours in names(request).items()} == {"search": 3, "selection": 1, "test": 1}
+    with pytest.raises(LongRopeError, match="1 documents of at least 101 tokens are needed"):
+        names(request, LENGTH + 1)
+
+
 @pytest.mark.parametrize(
     ("parts", "message"),
     [

@@ -141,7 +141,7 @@ def test_a_scaling_that_goes_by_length_is_shown_at_each(tmp_path: Path) -> None:
         texts, tokens = documents((WINDOW, 2 * WINDOW, TARGET), 1)
         scorer = LocalScorer(ModelRequest(str(folder), TARGET), tokens)
         rows = perplexity_by_length(
-            scorer, texts, [], lambda n, at=folder: shipped_factors(str(at), scorer.info.spec, n)
+            scorer, texts, [], lambda n, at=folder, spec=scorer.info.spec: shipped_factors(str(at), spec, n)
         )
         for n, (text,) in texts.items():
             model = AutoModelForCausalLM.from_pretrained(folder)

@@ -395,6 +395,8 @@ def test_the_digest_is_of_weights_and_config_alone(changed: Changed, llama_folde
     config.write_text(json.dumps(json.loads(text) | {"rms_norm_eps": 1e-3}))
     assert model_digest(folder) != digest
     config.write_text(text)
+    (folder / "modeling_own.py").write_text("pass")  # counts only where it may run
+    assert model_digest(folder) == digest != model_digest(folder, trust_remote_code=True)
     weights = load_file(folder / "model.safetensors")
     weights["model.norm.weight"][0] += 1e-3
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
