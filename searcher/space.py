@@ -80,7 +80,7 @@ class SearchSpace:
         lower: float = 1.0,
     ) -> SearchSpace:
         """The paper's space at scale s: [1, 1.25 s]. The upper bound is rounded up to the grid."""
-        if not (math.isfinite(upper_ratio) and upper_ratio > 0):
+        if not 0 < upper_ratio * scale * GRID <= 2**53:  # beyond it float64 cannot tell the grid's points apart
             raise LongRopeError(f"The upper bound is a positive number of times the scale, not {upper_ratio}.")
         return cls(pairs, round(lower * GRID), math.ceil(round(upper_ratio * scale * GRID, 6)), tuple(n_hats))
 

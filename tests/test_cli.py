@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +60,13 @@ class Shared:
         """What launch printed: the whole of it is one JSON object."""
         answer: dict[str, Any] = json.loads(self.out)
         return answer
+
+    def settings(self, longrope: Longrope) -> dict[str, Any]:
+        """What the store keeps of how it was launched."""
+        settings: dict[str, Any] = json.loads(longrope("studies", "show", "shared", self.store, "--json").out)[
+            "settings"
+        ]
+        return settings
 
     @property
     def factors(self) -> Path:
@@ -134,16 +143,32 @@ class TestLaunch:
         assert longrope_in(tmp_path, "launch", "--study=shared", *small_study).status == 0
         assert (tmp_path / "shared-factors.json").read_bytes() == shared.factors.read_bytes()
 
-    def test_other_seeds_search_elsewhere(
-        self, longrope_in: Longrope, shared: Shared, small_study: list[str], tmp_path: Path
+    def test_other_seeds_search_elsewhere_on_the_same_documents(
+        self, longrope: Longrope, shared: Shared, small_study: list[str], tmp_path: Path
     ) -> None:
-        assert longrope_in(tmp_path, "launch", "--study=shared", *small_study, "--seed=1").status == 0
+        assert longrope("launch", "--study=other", *small_study, "--seed=1").status == 0
         mutants = [
-            {row.factors.lambdas for row in candidates(folder, "shared") if row.origin == "mutant"}
-            for folder in (shared.folder, tmp_path)
+            {row.factors.lambdas for row in candidates(folder, study) if row.origin == "mutant"}
+            for folder, study in ((shared.folder, "shared"), (tmp_path, "other"))
         ]
         assert all(mutants)
         assert not mutants[0] & mutants[1]
+        dealt = json.loads(longrope("studies", "show", "other", "--json").out)["settings"]["documents"]
+        assert dealt == shared.settings(longrope)["documents"]
+
+    def test_another_data_seed_deals_other_documents(
+        self, longrope: Longrope, shared: Shared, small_study: list[str], tmp_path: Path
+    ) -> None:
+        assert longrope("launch", "--study=other", *small_study, "--data-seed=1").status == 0
+        dealt = json.loads(longrope("studies", "show", "other", "--json").out)["settings"]["documents"]
+        documents = shared.settings(longrope)["documents"]
+        assert set(dealt["test"]) != set(documents["test"])
+        # What is asked for first does not depend on the documents.
+        first = [
+            [row.factors for row in candidates(folder, study) if (row.part, row.generation) == ("search", 0)]
+            for folder, study in ((shared.folder, "shared"), (tmp_path, "other"))
+        ]
+        assert first[0] == first[1]
 
     def test_nothing_is_computed_twice_in_one_store(
         self, longrope: Longrope, shared: Shared, small_study: list[str], tmp_path: Path
@@ -255,8 +280,6 @@ def alphabet() -> list[str]:
 
 def with_own_code(model: Path, folder: Path) -> None:
     """A copy of a Llama as a family of its own, whose two classes come with it."""
-    import shutil
-
     shutil.copytree(model, folder)
     config = json.loads((folder / "config.json").read_text())
     places = {"AutoConfig": "configuration_mine.MineConfig", "AutoModelForCausalLM": "modeling_mine.MineForCausalLM"}
@@ -287,9 +310,9 @@ class TestResume:
         tmp_path: Path,
         evaluations: int,
     ) -> None:
-        assert self.stop(longrope_in, tmp_path, stop_after, evaluations, *small_study).status == 130
         stopped = self.stop(longrope_in, tmp_path, stop_after, evaluations, *small_study)
-        assert stopped.status == 130
+        assert (stopped.status, stopped.err) == (130, "")
+        assert "what was computed is kept. Go on with: longrope resume shared" in stopped.out
         assert not (tmp_path / "shared-factors.json").exists()
         resumed = longrope("resume", "shared", "--json")
         assert resumed.status == 0
@@ -390,8 +413,6 @@ class TestStudies:
         ]
 
     def test_delete(self, longrope: Longrope, small_study: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-        import io
-
         for name in ("first", "second"):
             assert longrope("launch", f"--study={name}", *small_study, "--generations=0").status == 0
         monkeypatch.setattr(sys, "stdin", io.StringIO("n\n"))
