@@ -13,12 +13,16 @@ import sqlite3
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from contextlib import closing, contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import psutil
+
+from searcher.study import Document
 
 NAME = "killed"
 FACTORS = f"{NAME}-factors.json"
@@ -29,7 +33,8 @@ SMALL_SEARCH = """
     --population=8 --parents=4 --mutants=2 --crosses=2 --generations=3
     --search-documents=2 --selection-documents=1 --test-documents=2 --windows=search=1,selection=1,test=1
 """
-IMPORTS = ["cli", "runs", "workers.scorer", "storage.repository", "transformers.models.llama.modeling_llama"]
+# Nothing of ours: the server finds modules by its own path, which may lead to another copy than is tested.
+IMPORTS = ["alembic.command", "rich.progress", "sqlalchemy.orm", "transformers.models.llama.modeling_llama", "typer"]
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,12 @@ class Study:
         self.folder = folder
         self.database = folder / "store.db"
         self.factors = folder / FACTORS
+        self.environment = {
+            "LONGROPE_CACHE": str(folder / "cache"),
+            "HOME": str(folder),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(Path(__file__).parent),  # for Ray's workers, which meet _arrive
+        }
         self._launch = [f"--model={model}", f"--data={text}", *SMALL_SEARCH.split(), *more]
         self._drivers = 0
 
@@ -84,10 +95,9 @@ class Study:
         """A driver, and the path of its log without its suffix."""
         self._drivers += 1
         stem = self.folder / f"driver{self._drivers}"
-        environment = {"LONGROPE_CACHE": str(self.folder / "cache"), "HOME": str(self.folder), "OMP_NUM_THREADS": "1"}
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(IMPORTS)
-        process = context.Process(target=_drive, args=(self.next_command(), stem, moment, environment))
+        process = context.Process(target=_drive, args=(self.next_command(), stem, moment, self.environment))
         process.start()
         return process, stem
 
@@ -98,7 +108,7 @@ class Study:
         process.join(kill_after)
         if kill_after is not None:
             process.kill()
-        process.join(120)
+        process.join(240)
         seconds = time.monotonic() - began
         if process.exitcode is None:
             process.kill()
@@ -166,22 +176,54 @@ class Study:
         rows = self._rows("SELECT lease_token, lease_owner FROM longrope_studies") if self.status() else []
         return rows[0] if rows else None
 
+    def processes(self) -> list[psutil.Process]:
+        """Drivers that live, and all that they have started."""
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if process.cwd() == str(self.folder):
+                    found.append(process)
+        return found
+
 
 def _read(stem: Path, suffix: str) -> str:
     path = stem.with_suffix(f".{suffix}")
     return path.read_text() if path.exists() else ""
 
 
+def _append(log: str, label: str) -> None:
+    """One line at once, and none that is lost with its writer."""
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.write(file, f"{label}\n".encode())
+    os.close(file)
+
+
+@dataclass(frozen=True)
+class _Announcing(Document):
+    """Ray's workers compute in other processes; sent there, this document tells the log that it has arrived."""
+
+    log: str
+    label: str
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _arrive, (self.log, f"scoring {self.label}", Document(self.name, self.sha256, self.length))
+
+
+def _arrive(log: str, label: str, document: Document) -> Document:
+    _append(log, label)
+    return document
+
+
 class _Probe:
     """Writes every label that a driver passes to its log, and stops the driver at the moment asked for."""
 
     def __init__(self, log: Path, moment: Moment | None) -> None:
-        self._log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        self.log = str(log)
         self._moment = moment
         self._seen = 0
 
     def __call__(self, label: str) -> None:
-        os.write(self._log, f"{label}\n".encode())
+        _append(self.log, label)
         if self._moment is not None and fnmatch(label, self._moment.pattern):
             self._seen += 1
             if self._seen == self._moment.n:
@@ -191,6 +233,7 @@ class _Probe:
 def _drive(command: list[str], stem: Path, moment: Moment | None, environment: dict[str, str]) -> None:
     """The command ``longrope`` in this process, which nobody else is in."""
     os.setsid()
+    os.chdir(stem.parent)  # Study.processes knows them by it
     os.environ.update(environment)
     # A test run in the background may ignore Ctrl-C; a driver in a terminal does not.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -225,11 +268,11 @@ def _install(reached: _Probe) -> None:
     def committing(_connection: Any) -> None:
         reached(f"committing {last}")
 
-    replace = Path.replace
+    replace_file = Path.replace
 
     def replacing(self: Path, target: Path) -> Path:
         reached(f"replacing {Path(target).name}")
-        result = replace(self, target)
+        result = replace_file(self, target)
         reached(f"replaced {Path(target).name}")
         return result
 
@@ -252,13 +295,17 @@ def _install(reached: _Probe) -> None:
     def opening_scorer(request: Any, tokens: Any, pool: Any) -> Iterator[Any]:
         with open_scorer(request, tokens, pool) as scorer:
             if pool is not None:
-                scorer._dispatch = partial(dispatching, scorer._dispatch)  # type: ignore[union-attr, method-assign]
+                scorer.evaluate = partial(evaluating, scorer.evaluate)
             yield scorer
 
-    def dispatching(dispatch: Any, to: Any, unit: Any) -> None:
-        """Ray's workers compute elsewhere: what this driver can tell is what it sends them."""
-        reached(f"scoring {place} {unit.key}")
-        dispatch(to, unit)
+    def evaluating(evaluate: Any, units: Any) -> Iterator[Any]:
+        told = [
+            replace(unit, document=_Announcing(**asdict(unit.document), log=reached.log, label=f"{place} {unit.key}"))
+            for unit in units
+        ]
+        for outcome in evaluate(told):
+            reached(f"scored {place} {outcome.key}")
+            yield outcome
 
     patched: list[tuple[Any, str, Any]] = [
         (Path, "replace", replacing),

@@ -148,7 +148,8 @@ def kill_once(study: Study, report: Report, moment: Moment | None = None, after:
     report.recomputed += len(in_flight)
     if driver.status != 0:
         report.kills += 1
-        label = " ".join(word[:24] for word in (driver.labels or ["the start"])[-1].split()[:4])
+        words = (driver.labels or ["the start"])[-1].split()
+        label = " ".join(word[:24] for word in words[: 3 if words[0] in ("scoring", "scored") else 4])
         report.where[label] = report.where.get(label, 0) + 1
     return driver
 
@@ -175,7 +176,8 @@ def test_killed_at_random_instants(
 ) -> None:
     report, draw, began = Report(), random.Random(20), time.monotonic()
     while report.kills < RANDOM_KILLS:
-        study, drivers = new_study(tmp_path / str(report.studies)), []
+        study = new_study(tmp_path / str(report.studies))
+        drivers: list[Ended] = []
         while study.status() != "finished":
             # A third of the time goes by before the first evaluation. Ever later, in case this machine has become
             # so slow that no driver gets beyond that.
@@ -192,7 +194,8 @@ def test_killed_at_every_kind_of_moment(
 ) -> None:
     """Inside every transaction, at the ends of generations, in the final re-scoring, around the factor file."""
     report, began = Report(), time.monotonic()
-    study, drivers = new_study(tmp_path / "study"), []
+    study = new_study(tmp_path / "study")
+    drivers: list[Ended] = []
     for moment in MOMENTS:
         assert study.status() != "finished", f"{moment} was never reached"
         drivers.append(kill_once(study, report, moment))

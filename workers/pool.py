@@ -226,16 +226,19 @@ def _one_line(error: BaseException) -> str:
 
 
 def _join_cluster(address: str) -> None:
-    # Left alone, Ray tries twenty times, for forty seconds each, before it says that nobody is there.
-    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "1")
     host, _, port = address.removeprefix("ray://").rpartition(":")
+    # Left alone, Ray tries twenty times, for forty seconds each, before it says that nobody is there.
+    tries = os.environ.get("RAY_gcs_server_port_wait_time_s")  # noqa: SIM112 - Ray spells it so
     try:
         if port.isdigit():
             socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+        os.environ["RAY_gcs_server_port_wait_time_s"] = tries or "1"  # noqa: SIM112
         ray.init(address=address, log_to_driver=False, configure_logging=False)
     except (OSError, OverflowError, ValueError, RuntimeError, RayError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise LongRopeError(f"No Ray cluster could be joined at {address}: {reason}") from error
+        raise LongRopeError(f"No Ray cluster could be joined at {address}: {_one_line(error)}") from error
+    finally:
+        if tries is None:
+            os.environ.pop("RAY_gcs_server_port_wait_time_s", None)
 
 
 def _start_cluster(cpus: int) -> str:
@@ -249,7 +252,7 @@ def _start_cluster(cpus: int) -> str:
             configure_logging=False,
         )
     except Exception as error:  # a node that does not start in time is a plain Exception
-        reason = " ".join(str(error).split())[:200]
+        reason = _one_line(error)
         raise LongRopeError(f"Ray could not be started here: {reason} Try again, or use --in-process.") from error
     return str(context.address_info["session_dir"])
 

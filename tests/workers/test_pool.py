@@ -1,0 +1,334 @@
+"""A pool of real Ray workers: the bits of one process, each outcome once whoever dies, and clear refusals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from tiny_models import WINDOW, window
+
+from searcher.errors import LongRopeError
+from searcher.rope import Factors, RopeSpec
+from searcher.study import Document, Outcome, Unit
+from workers.model import ModelInfo, ModelRequest
+from workers.scorer import LocalScorer, PoolRequest, open_scorer
+
+if TYPE_CHECKING:
+    from workers.pool import RayScorer
+
+# Nothing here imports ray by itself: open_scorer says how its processes shall talk before it does.
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+
+LENGTH = 4 * WINDOW
+DOCUMENTS = [Document(f"text {i}", str(i) * 64, LENGTH) for i in range(2)]
+TOKENS = {document.sha256: window(LENGTH, seed) for seed, document in enumerate(DOCUMENTS)}
+FACTORS = [Factors(tuple(1 + (i + 1) * pair / 8 for pair in range(8)), i % 5, 1.1) for i in range(12)]
+UNITS = [
+    Unit(f"{i:02}{j}", factors, document) for i, factors in enumerate(FACTORS) for j, document in enumerate(DOCUMENTS)
+]
+
+
+def values(outcomes: Sequence[Outcome]) -> dict[str, tuple[float | None, int, str | None]]:
+    """What must not depend on who computed it; a key that came twice is an error."""
+    found = {outcome.key: (outcome.nll, outcome.tokens, outcome.failure) for outcome in outcomes}
+    assert len(found) == len(outcomes)
+    return found
+
+
+@pytest.fixture(scope="module")
+def model(tiny_llama_folder: Path) -> ModelRequest:
+    return ModelRequest(str(tiny_llama_folder), LENGTH, device="cpu")
+
+
+@pytest.fixture(scope="class")
+def two_workers(model: ModelRequest) -> Iterator[RayScorer]:
+    with open_scorer(model, TOKENS, PoolRequest(workers=2, gpus_per_worker=0)) as scorer:
+        assert not isinstance(scorer, LocalScorer)
+        yield scorer
+
+
+@pytest.fixture(scope="class")
+def local(model: ModelRequest) -> LocalScorer:
+    return LocalScorer(model, TOKENS)
+
+
+@pytest.fixture(scope="class")
+def expected(local: LocalScorer) -> dict[str, tuple[float | None, int, str | None]]:
+    found = values(list(local.evaluate(UNITS)))
+    assert len({nll for nll, *_ in found.values()}) == len(UNITS)
+    return found
+
+
+class TestTwoWorkers:
+    """On a cluster of its own."""
+
+    def test_the_bits_of_one_process(self, two_workers: RayScorer, local: LocalScorer, expected: Any) -> None:
+        assert two_workers.fingerprint == local.fingerprint
+        outcomes = list(two_workers.evaluate(UNITS))
+        assert values(outcomes) == expected
+        assert {outcome.worker for outcome in outcomes} == {"ray-0", "ray-1"}
+
+    def test_a_worker_killed_at_work(self, two_workers: RayScorer, expected: Any) -> None:
+        """What it held is done again, by another; a new worker takes its place."""
+        killed, other = two_workers.worker_pids()
+        outcomes = two_workers.evaluate(UNITS)
+        seen = [next(outcomes)]
+        os.kill(killed, signal.SIGSTOP)
+        seen += [next(outcomes) for _ in range(4)]  # of the other, by the last of them: this one holds a unit
+        os.kill(killed, signal.SIGKILL)
+        seen += outcomes
+        assert values(seen) == expected
+        new, same = two_workers.worker_pids()
+        assert new != killed
+        assert same == other
+        assert values(list(two_workers.evaluate(UNITS))) == expected
+
+    def test_an_evaluation_given_up(self, two_workers: RayScorer, expected: Any) -> None:
+        """Calls of an iterator that was closed do not come out of the next."""
+        with closing(two_workers.evaluate(UNITS)) as outcomes:
+            next(outcomes)
+        some = UNITS[5:9]
+        assert values(list(two_workers.evaluate(some))) == {unit.key: expected[unit.key] for unit in some}
+
+
+INFO = ModelInfo("weights", {"device": "this"}, RopeSpec(500.0, 16, WINDOW, 2), None, "half-split")
+OTHER = replace(INFO, profile={"device": "that"})
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Counts across processes, and across their deaths: a file a name, a byte an event."""
+
+    folder: Path
+
+    def add(self, name: str) -> int:
+        """How often, this one included."""
+        with (self.folder / name).open("ab") as file:
+            file.write(b".")
+            file.flush()
+            return file.tell()
+
+    def of(self, name: str) -> int:
+        path = self.folder / name
+        return path.stat().st_size if path.exists() else 0
+
+
+Pool = Callable[..., AbstractContextManager["RayScorer"]]
+
+
+@pytest.fixture(scope="class")
+def address() -> Iterator[str]:
+    """A cluster that others started: two CPUs, on this machine's loopback interface."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        from ray.cloudpickle import register_pickle_by_value, unregister_pickle_by_value
+        from ray.cluster_utils import Cluster
+
+        register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+        yield cluster.address
+        cluster.shutdown()
+        unregister_pickle_by_value(sys.modules[__name__])
+
+
+@pytest.fixture
+def tally(tmp_path: Path) -> Tally:
+    return Tally(tmp_path)
+
+
+@pytest.fixture
+def pool(address: str, tally: Tally, monkeypatch: pytest.MonkeyPatch) -> Pool:
+    """``pool(on_score, on_start)``: two workers on that cluster that call these with the tally, and the key."""
+
+    def opened(
+        on_score: Callable[[Tally, str], None], on_start: Callable[[Tally], ModelInfo] = lambda _: INFO
+    ) -> AbstractContextManager[RayScorer]:
+        import ray
+
+        import workers.pool
+
+        class Stub:
+            def start(self, _request: object, _tokens: object) -> ModelInfo:
+                tally.add("starts")
+                return on_start(tally)
+
+            def score(self, key: str, _factors: object, _document: object) -> Outcome:
+                tally.add(key)
+                on_score(tally, key)
+                return Outcome(key, float(key), 1)
+
+        def create_worker(cpus: int, _gpus: float) -> Any:
+            return ray.remote(num_cpus=cpus, max_restarts=0, max_task_retries=0)(Stub).remote()
+
+        monkeypatch.setattr(workers.pool, "create_worker", create_worker)
+        return open_scorer(ModelRequest("nowhere", LENGTH), {}, PoolRequest(2, 0, address))  # type: ignore[return-value]
+
+    return opened
+
+
+class TestScheduling:
+    """Who computes what, with real processes that really die, but without a model: they answer at once."""
+
+    @pytest.mark.slow
+    def test_every_outcome_once(self, pool: Pool, tally: Tally) -> None:
+        doomed = {"020": 1, "031": 2, "110": 1}  # key to deaths
+
+        def die_at_first(tally: Tally, key: str) -> None:
+            if tally.of(key) <= doomed.get(key, 0):
+                os._exit(1)
+
+        with pool(die_at_first) as scorer:
+            outcomes = list(scorer.evaluate(UNITS))
+        assert values(outcomes) == {unit.key: (float(unit.key), 1, None) for unit in UNITS}
+        assert {unit.key: tally.of(unit.key) for unit in UNITS} == {
+            unit.key: 1 + doomed.get(unit.key, 0) for unit in UNITS
+        }
+
+    @pytest.mark.parametrize("poison", ["kills", pytest.param("raises", marks=pytest.mark.slow)])
+    def test_a_unit_that_never_succeeds(self, pool: Pool, tally: Tally, poison: str) -> None:
+        """Three attempts, then a failure to be stored; the others are computed."""
+
+        def spoil(_tally: Tally, key: str) -> None:
+            if key == "051" and poison == "kills":
+                os._exit(1)
+            if key == "051":
+                raise RuntimeError("out of\n memory")
+
+        with pool(spoil) as scorer:
+            outcomes = values(list(scorer.evaluate(UNITS)))
+        reason = "the worker died (3 attempts)" if poison == "kills" else "out of memory (3 attempts)"
+        assert outcomes.pop("051") == (None, 0, reason)
+        assert outcomes == {unit.key: (float(unit.key), 1, None) for unit in UNITS if unit.key != "051"}
+        assert tally.of("051") == 3
+
+    @pytest.mark.slow
+    def test_all_workers_lost(self, pool: Pool, tally: Tally) -> None:
+        """No endless replacing where replacements cannot even start; what was computed has been handed over."""
+
+        def die_after_ten(tally: Tally, _key: str) -> None:
+            if tally.add("scores") > 10:
+                os._exit(1)
+
+        def die_later(tally: Tally) -> ModelInfo:
+            if tally.of("scores") > 10:
+                os._exit(1)
+            return INFO
+
+        seen: list[Outcome] = []
+        with pool(die_after_ten, die_later) as scorer, pytest.raises(LongRopeError, match="All 2 workers were lost"):
+            seen.extend(scorer.evaluate(UNITS))
+        assert len(values(seen)) == 10
+        assert tally.of("starts") == 2 + 2 * 3
+
+    def test_workers_of_two_profiles(self, pool: Pool) -> None:
+        """Refused at the start: their scores would differ."""
+
+        def take_turns(tally: Tally) -> ModelInfo:
+            return INFO if tally.of("starts") == 1 else OTHER
+
+        with pytest.raises(LongRopeError, match="differs from the first in device"), pool(lambda *_: None, take_turns):
+            pass
+
+    @pytest.mark.slow
+    def test_a_replacement_of_another_profile(self, pool: Pool, tally: Tally) -> None:
+        """It computes nothing; the worker that is left does all."""
+
+        def die_once(tally: Tally, _key: str) -> None:
+            if tally.add("scores") == 1:
+                os._exit(1)
+            time.sleep(0.3)  # the replacements come while there is work
+
+        def differ_later(tally: Tally) -> ModelInfo:
+            return INFO if tally.of("starts") <= 2 else OTHER
+
+        with pool(die_once, differ_later) as scorer:
+            outcomes = list(scorer.evaluate(UNITS))
+        assert values(outcomes) == {unit.key: (float(unit.key), 1, None) for unit in UNITS}
+        assert len({outcome.worker for outcome in outcomes}) == 1
+        assert tally.of("starts") > 2
+
+    @pytest.mark.parametrize(
+        ("workers", "gpus", "threads", "lack"), [(3, 0, 1, "2 CPUs"), (1, 1, 1, "0 GPUs"), (None, 0, 3, "2 CPUs")]
+    )
+    def test_more_than_the_cluster_has(
+        self, address: str, workers: int | None, gpus: float, threads: int, lack: str
+    ) -> None:
+        """Said at once, where Ray would wait for a node that never comes."""
+        began = time.monotonic()
+        request = ModelRequest("nowhere", LENGTH, threads=threads)
+        with pytest.raises(LongRopeError, match=lack), open_scorer(request, {}, PoolRequest(workers, gpus, address)):
+            pass
+        assert time.monotonic() - began < 20
+
+    def test_a_model_that_cannot_be_loaded(self, address: str) -> None:
+        """The worker's own sentence comes out."""
+        request = ModelRequest("/nowhere", LENGTH)
+        with (
+            pytest.raises(LongRopeError, match=r"^There is no model folder /nowhere"),
+            open_scorer(request, TOKENS, PoolRequest(1, 0, address)),
+        ):
+            pass
+
+    @pytest.mark.slow
+    def test_the_cluster_survives(self, pool: Pool, address: str) -> None:
+        """It belongs to others: its node is there after a pool has left it."""
+        import ray
+
+        with pool(lambda *_: None) as scorer:
+            list(scorer.evaluate(UNITS[:2]))
+        ray.init(address=address, log_to_driver=False)
+        try:
+            assert [node["Alive"] for node in ray.nodes()] == [True]
+            deadline = time.monotonic() + 30
+            while ray.available_resources().get("CPU") != 2:  # the pool's workers let go
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+        finally:
+            ray.shutdown()
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "localhost:99999", "nonsense", ""])
+def test_nobody_at_that_address(address: str) -> None:
+    """Within seconds: Ray by itself would try for a quarter of an hour."""
+    began = time.monotonic()
+    with (
+        pytest.raises(LongRopeError, match="No Ray cluster could be joined") as refused,
+        open_scorer(ModelRequest("nowhere", LENGTH), {}, PoolRequest(1, 0, address)),
+    ):
+        pass
+    assert "\n" not in str(refused.value)
+    assert time.monotonic() - began < 30
+
+
+class TestAlone:
+    """A cluster of one's own, for each of these."""
+
+    def test_a_gpu_that_is_not_there(self) -> None:
+        import torch
+
+        if torch.cuda.is_available():
+            pytest.skip("there is one")
+        with (
+            pytest.raises(LongRopeError, match=r"1 workers of 1 GPUs, .* has 0 GPUs"),
+            open_scorer(ModelRequest("nowhere", LENGTH), {}, PoolRequest(1, 1)),
+        ):
+            pass
+        import ray
+
+        assert not ray.is_initialized()
+
+    @pytest.mark.slow
+    def test_more_threads_than_cores(self, model: ModelRequest) -> None:
+        """They share the cores there are; only a cluster of others has to have what is asked for."""
+        request = replace(model, threads=(os.cpu_count() or 1) + 1)
+        with open_scorer(request, TOKENS, PoolRequest(1, 0)) as scorer:
+            outcomes = values(list(scorer.evaluate(UNITS[:2])))
+        assert all(failure is None for _, _, failure in outcomes.values())
