@@ -1,6 +1,6 @@
 """A tiny study driven by the real command in a process of its own, and ways to stop that process where it hurts.
 
-Drivers are forked from a server that has imported everything and computed nothing, so that one more driver costs
+Drivers are forked from a server that has imported what is large and computed nothing, so that one more driver costs
 milliseconds, not the seconds that torch and transformers take to import.
 """
 

@@ -260,7 +260,8 @@ def _start_cluster(cpus: int) -> str:
 def _start_reaper(session: str) -> subprocess.Popen[bytes]:
     """See workers/reaper.py. In a session of its own: what is sent to the driver's, such as Ctrl-C, does not end it."""
     command = [sys.executable, "-SE", reaper.__file__, session]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    silent = subprocess.DEVNULL  # who reads the driver's output need not wait for this one's end
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=silent, stderr=silent, start_new_session=True)
 
 
 def _settle(pool: PoolRequest, threads: int) -> tuple[float, int]:
