@@ -234,6 +234,8 @@ def _drive(command: list[str], stem: Path, moment: Moment | None, environment: d
     """The command ``longrope`` in this process, which nobody else is in."""
     os.setsid()
     os.chdir(stem.parent)  # Study.processes knows them by it
+    for name in [name for name in os.environ if name.startswith(("LONGROPE_", "RAY_"))]:
+        del os.environ[name]
     os.environ.update(environment)
     # A test run in the background may ignore Ctrl-C; a driver in a terminal does not.
     signal.signal(signal.SIGINT, signal.default_int_handler)

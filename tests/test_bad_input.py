@@ -8,7 +8,6 @@ import importlib.util
 import io
 import json
 import os
-import resource
 import shlex
 import shutil
 import sqlite3
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from storage.repository import Repository
+from tests.limits import files_no_larger_than
 
 if TYPE_CHECKING:
     from conftest import Longrope
@@ -592,12 +592,8 @@ class TestFullDisk:
 
     def test_as_a_limit_on_files(self, longrope: Longrope, small_study: list[str], tmp_path: Path) -> None:
         """What any user can try: no file may grow beyond 96 KiB, so the store meets EFBIG in the middle."""
-        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (96 * 1024, hard))
-        try:
+        with files_no_larger_than(96 * 1024):
             launched = longrope("launch", "--study=full", *small_study)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert launched.status == 1
         assert len(launched.err.splitlines()) == 1
         assert launched.err.startswith(f"Error: The store sqlite:///{STORE} failed: ")

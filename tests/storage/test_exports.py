@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from searcher.errors import LongRopeError
 from searcher.rope import Factors, angles
 from storage.exports import FAMILIES, exportable, transformers_folder, transformers_patch
 from storage.factor_file import FactorFile, ModelIdentity, Regime, RegimeScore, WithoutNHat
+from tests.limits import files_no_larger_than
 
 ORIGINAL, TARGET = 16, 64
 ATTENTION = 1.2345
@@ -429,13 +429,8 @@ def test_a_failed_export_leaves_nothing_behind(tmp_path: Path, spoil: Callable[[
 
 def test_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
     base = fake_model(tmp_path / "base")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))  # the weights fail half-way, as on a full disk
-    try:
-        with pytest.raises(LongRopeError, match="cannot be written: File too large"):
-            export_to(tmp_path / "out", base)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with files_no_larger_than(50_000), pytest.raises(LongRopeError, match="cannot be written: File too large"):
+        export_to(tmp_path / "out", base)  # the weights fail half-way
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 

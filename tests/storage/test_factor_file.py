@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from storage.factor_file import (
     warnings,
     write,
 )
+from tests.limits import files_no_larger_than
 
 MODEL = ModelIdentity(
     name="reference",
@@ -350,13 +350,8 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     write(path, EXAMPLE)
     before = path.read_bytes()
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # the write fails half-way, as on a full disk
-    try:
-        with pytest.raises(LongRopeError, match="cannot be written: File too large"):
-            write(path, replace(EXAMPLE, model=replace(MODEL, name="n" * 2000)))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with files_no_larger_than(1000), pytest.raises(LongRopeError, match="cannot be written: File too large"):
+        write(path, replace(EXAMPLE, model=replace(MODEL, name="n" * 2000)))
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from searcher.errors import LongRopeError
 from searcher.study import PARTS
+from tests.limits import files_no_larger_than
 from workers.dataset import (
     DEFAULT_QUOTAS,
     DocumentSets,
@@ -132,20 +132,11 @@ def test_a_damaged_cache_file_is_written_anew(tmp_path: Path, tokenizer: PreTrai
     assert list(cache_files(tmp_path)) == [path]
 
 
-@pytest.fixture
-def no_room() -> Iterator[None]:
-    """No file may grow beyond 64 bytes: a write fails in its middle, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (64, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-@pytest.mark.usefixtures("no_room")
 def test_a_write_that_fails_leaves_nothing_and_says_what_to_do(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    with pytest.raises(LongRopeError, match=rf"{re.escape(str(tmp_path))}.*cannot be used.*LONGROPE_CACHE"):
+    told = pytest.raises(LongRopeError, match=rf"{re.escape(str(tmp_path))}.*cannot be used.*LONGROPE_CACHE")
+    with files_no_larger_than(64), told:
         tokenise(TEXTS, tokenizer, tmp_path)
     assert cache_files(tmp_path) == {}
 

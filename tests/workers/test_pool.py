@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import sys
 import time
@@ -24,7 +25,7 @@ from workers.scorer import LocalScorer, PoolRequest, open_scorer
 if TYPE_CHECKING:
     from workers.pool import RayScorer
 
-# Nothing here imports ray by itself: open_scorer says how its processes shall talk before it does.
+# ray is imported late, after it was told how its processes shall talk.
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 LENGTH = 4 * WINDOW
@@ -41,6 +42,14 @@ def values(outcomes: Sequence[Outcome]) -> dict[str, tuple[float | None, int, st
     found = {outcome.key: (outcome.nll, outcome.tokens, outcome.failure) for outcome in outcomes}
     assert len(found) == len(outcomes)
     return found
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_token() -> None:
+    """As open_scorer does for a cluster of its own: Ray settles once a process whether it speaks with a token."""
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
 @pytest.fixture(scope="module")
@@ -127,16 +136,14 @@ Pool = Callable[..., AbstractContextManager["RayScorer"]]
 @pytest.fixture(scope="class")
 def address() -> Iterator[str]:
     """A cluster that others started: two CPUs, on this machine's loopback interface."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-        from ray.cloudpickle import register_pickle_by_value, unregister_pickle_by_value
-        from ray.cluster_utils import Cluster
+    from ray.cloudpickle import register_pickle_by_value, unregister_pickle_by_value
+    from ray.cluster_utils import Cluster
 
-        register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
-        yield cluster.address
-        cluster.shutdown()
-        unregister_pickle_by_value(sys.modules[__name__])
+    register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    yield cluster.address
+    cluster.shutdown()
+    unregister_pickle_by_value(sys.modules[__name__])
 
 
 @pytest.fixture
