@@ -190,7 +190,7 @@ def launch(
     elif study in {summary.name for summary in repository.studies()}:
         raise LongRopeError(f"There is a study {study!r} already: `longrope resume {study}`, or choose another name.")
     pool = None if in_process else PoolRequest(workers, gpus_per_worker, ray_address)
-    _run(repository, Run(study, request, corpus, settings, pool, out), as_json, is_new=True)
+    _run(repository, Run(study, request, corpus, settings, pool, out), storage, as_json, is_new=True)
 
 
 @app.command()
@@ -231,7 +231,7 @@ def resume(
     changed = {key: value for key, value in given.items() if value is not None}
     pool = replace(stored.pool or PoolRequest(), **changed) if changed or stored.pool else None
     run = replace(stored, pool=None if in_process else pool, out=out or stored.out)
-    _run(repository, run, as_json, is_new=False, accept_numerics=accept_numerics)
+    _run(repository, run, storage, as_json, is_new=False, accept_numerics=accept_numerics)
 
 
 def _parse_windows(text: str | None) -> dict[str, int]:
@@ -267,7 +267,9 @@ def _free_name(repository: Repository, base: str) -> str:
     return next(name for name in names if name not in taken)
 
 
-def _run(repository: Repository, run: Run, as_json: bool, is_new: bool, accept_numerics: bool = False) -> None:
+def _run(
+    repository: Repository, run: Run, storage: str, as_json: bool, is_new: bool, accept_numerics: bool = False
+) -> None:
     from runs import run as run_study
     from storage.report import perplexity_table
     from storage.results import perplexities
@@ -278,12 +280,15 @@ def _run(repository: Repository, run: Run, as_json: bool, is_new: bool, accept_n
         finished = run_study(repository, run, console, is_new, accept_numerics)
     except KeyboardInterrupt:
         known = run.name in {summary.name for summary in repository.studies()}
-        advice = f"what was computed is kept. Go on with: longrope resume {run.name}" if known else "nothing had begun."
+        where = "" if storage == DEFAULT_STORAGE or "@" in storage else f" --storage {storage}"  # no password on screen
+        again = f"what was computed is kept. Go on with: longrope resume {run.name}{where}"
+        advice = again if known else "nothing had begun."
         console.print(f"\nStopped; {advice}", highlight=False)
         raise typer.Exit(130) from None
     result = finished.result
     if not as_json:
         console.print(perplexity_table(result, "test"))
+        console.print(f"chosen on the selection documents: {result['origin']}", highlight=False)
         console.print(f"{result['forwards']} document forwards, {finished.seconds:.0f} s in all", highlight=False)
         console.print(f"factors: {finished.factors}", highlight=False, soft_wrap=True)
         return
@@ -398,6 +403,8 @@ def evaluate(
         return
     console = _console()
     console.print(length_table(wanted, rows))
+    if tokenizer.bos_token_id is not None:
+        console.print("Every window begins with BOS, which counts into its length.", highlight=False)
     for length, found in documents.items():
         console.print(f"{length}: {len(found)} windows, {len(found) * (length - 1)} tokens scored", highlight=False)
 

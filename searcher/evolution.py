@@ -16,6 +16,7 @@ from searcher.errors import LongRopeError
 from searcher.operators import check_mutation, crossover, mutate, random_individual
 from searcher.space import Individual, SearchSpace
 
+MOST = 10_000_000  # individuals; more is a slip of the keyboard
 ATTEMPTS = 64  # draws of one child before a random individual, and before giving up on a full space
 
 
@@ -49,6 +50,10 @@ class Evolution:
         for name in ("mutants", "crosses", "generations"):
             if getattr(self, name) < 0:
                 raise LongRopeError(f"The number of {name} cannot be negative, not {getattr(self, name)}.")
+        if self.population > MOST or self.parents > MOST or self.generations * (self.mutants + self.crosses) > MOST:
+            raise LongRopeError(
+                f"A search of more than {MOST} individuals is not what anybody can score; ask for fewer."
+            )
         if not 0 < self.probability <= 1:
             raise LongRopeError(f"The mutation probability lies in (0, 1], not at {self.probability}.")
 
