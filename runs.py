@@ -88,7 +88,7 @@ def run(repository: Repository, run: Run, console: Console, is_new: bool, accept
     started = time.monotonic()
     if not run.out.is_dir():
         raise LongRopeError(f"--out must be a folder that exists; {run.out} is none.")
-    tokenizer = load_tokenizer(resolve_folder(run.model.path), run.model.trust_remote_code)
+    tokenizer = load_tokenizer(resolve_folder(run.model.path, run.model.trust_remote_code), run.model.trust_remote_code)
     trained = run.model.original_length or read_original_length(run.model.path, run.model.trust_remote_code)
     sets = study_windows(run.corpus, tokenizer, run.model.target_length, trained)
     tokens = {w.document.sha256: w.tokens for windows in sets.windows.values() for w in windows}

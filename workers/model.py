@@ -205,7 +205,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizers raise plain Exception
-        raise LongRopeError(f"No tokenizer could be loaded from {folder}: {_one_line(error)}") from error
+        raise LongRopeError(f"No tokenizer could be loaded from {folder}: {one_line(error)}") from error
 
 
 def load_model(request: ModelRequest) -> LoadedModel:
@@ -241,9 +241,7 @@ def load_model(request: ModelRequest) -> LoadedModel:
             ignore_mismatched_sizes=True,  # refused below, by name
         )
     except Exception as error:
-        raise LongRopeError(
-            f"{request.path} cannot be loaded as a causal language model: {_one_line(error)}"
-        ) from error
+        raise LongRopeError(f"{request.path} cannot be loaded as a causal language model: {one_line(error)}") from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise LongRopeError(
@@ -262,7 +260,7 @@ def load_model(request: ModelRequest) -> LoadedModel:
     try:
         model = model.eval().requires_grad_(False).to(device)
     except (RuntimeError, AssertionError) as error:  # too little memory there, or no such device in this torch
-        raise LongRopeError(f"{request.path} cannot be put on {device}: {_one_line(error)}") from error
+        raise LongRopeError(f"{request.path} cannot be put on {device}: {one_line(error)}") from error
     spec, layout, cast = _rotary_geometry(model, config, request)
     pairing = INTERLEAVED if layout == INTERLEAVED or config.model_type in INTERLEAVED_FAMILIES else "half-split"
     settings: dict[str, str | int | None] = {
@@ -286,7 +284,7 @@ def _read_config(folder: Path, path: str, trust_remote_code: bool) -> Any:
                 f"{path} is of a family that comes with its own code; look at that code, then allow it with "
                 "--trust-remote-code."
             ) from error
-        raise LongRopeError(f"The config of {path} cannot be used: {_one_line(error)}") from error
+        raise LongRopeError(f"The config of {path} cannot be used: {one_line(error)}") from error
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:
@@ -318,7 +316,7 @@ def _rotary_geometry(model: Any, config: Any, request: ModelRequest) -> tuple[Ro
         try:
             cos, _ = rotary(torch.zeros(1, 3, 1, dtype=model.dtype, device=model.device), probe)
         except Exception as error:
-            raise LongRopeError(f"The rotary embedding of {name} is of a kind not known: {_one_line(error)}") from error
+            raise LongRopeError(f"The rotary embedding of {name} is of a kind not known: {one_line(error)}") from error
         wide, _ = rotary(torch.zeros(1, 3, 1, device=model.device), probe)
     layout = cos_layout(wide)
     pairs = int(rotary.inv_freq.numel())
@@ -471,6 +469,7 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """An error's message for a sentence of ours: without line breaks, at most 300 characters."""
     text = " ".join(str(error).split())
     return text if len(text) <= 300 else text[:297] + "..."

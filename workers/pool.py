@@ -26,7 +26,7 @@ from searcher.errors import LongRopeError
 from searcher.study import Outcome, Unit
 from workers import reaper
 from workers.actor import create_worker
-from workers.model import ModelInfo, ModelRequest
+from workers.model import ModelInfo, ModelRequest, one_line
 from workers.scorer import PoolRequest, Tokens
 
 ATTEMPTS = 3
@@ -151,9 +151,9 @@ class RayScorer:
                 self._check_profile(value)
                 return None
         except RayTaskError as error:
-            reason = _one_line(error.cause or error)
+            reason = one_line(error.cause or error)
         except LongRopeError as error:  # a replacement on other hardware
-            reason = _one_line(error)
+            reason = one_line(error)
         except RayError:
             pass
         else:
@@ -194,7 +194,7 @@ class RayScorer:
         except RayTaskError as error:
             if isinstance(error.cause, LongRopeError):
                 raise error.cause from error
-            reason = _one_line(error.cause or error)
+            reason = one_line(error.cause or error)
             raise LongRopeError(f"A worker could not load {self._request.path}: {reason}") from error
         except GetTimeoutError as error:
             raise LongRopeError(
@@ -202,7 +202,7 @@ class RayScorer:
                 "with `ray status`."
             ) from error
         except RayError as error:
-            raise LongRopeError(f"A worker died while it loaded {self._request.path}: {_one_line(error)}") from error
+            raise LongRopeError(f"A worker died while it loaded {self._request.path}: {one_line(error)}") from error
         for place in self._places:
             place.call = None
         self.info = described[0]
@@ -221,10 +221,6 @@ class RayScorer:
             )
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
-
-
 def _join_cluster(address: str) -> None:
     host, _, port = address.removeprefix("ray://").rpartition(":")
     # Left alone, Ray tries twenty times, for forty seconds each, before it says that nobody is there.
@@ -235,7 +231,7 @@ def _join_cluster(address: str) -> None:
         os.environ["RAY_gcs_server_port_wait_time_s"] = tries or "1"  # noqa: SIM112
         ray.init(address=address, log_to_driver=False, configure_logging=False)
     except (OSError, OverflowError, ValueError, RuntimeError, RayError) as error:
-        raise LongRopeError(f"No Ray cluster could be joined at {address}: {_one_line(error)}") from error
+        raise LongRopeError(f"No Ray cluster could be joined at {address}: {one_line(error)}") from error
     finally:
         if tries is None:
             os.environ.pop("RAY_gcs_server_port_wait_time_s", None)
@@ -252,7 +248,7 @@ def _start_cluster(cpus: int) -> str:
             configure_logging=False,
         )
     except Exception as error:  # a node that does not start in time is a plain Exception
-        reason = _one_line(error)
+        reason = one_line(error)
         raise LongRopeError(f"Ray could not be started here: {reason} Try again, or use --in-process.") from error
     return str(context.address_info["session_dir"])
 
