@@ -19,6 +19,7 @@ from searcher.errors import LongRopeError
 
 if TYPE_CHECKING:
     from runs import Run
+    from searcher.plan import SearchSettings
     from storage.repository import Repository
 
 app = typer.Typer(
@@ -65,6 +66,13 @@ OriginalLength = Annotated[
 ]
 Threads = Annotated[int, typer.Option(min=1, help="CPU threads of a worker.")]
 Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
+Chunk = Annotated[
+    int | None, typer.Option(min=1, help="Tokens that go through a layer at one time; what fits if not given.")
+]
+HiddenOnHost = Annotated[bool, typer.Option("--hidden-on-host", help="Keep hidden states in host memory.")]
+StreamWeights = Annotated[
+    bool, typer.Option("--stream-weights", help="Keep the layers in host memory: for models larger than the card.")
+]
 
 
 @app.command()
@@ -75,8 +83,8 @@ def launch(
     study: Annotated[str | None, typer.Option(help="Name of the study; made up if not given.")] = None,
     storage: Storage = DEFAULT_STORAGE,
     preset: Annotated[
-        str | None, typer.Option(help="paper, paper-xl or quick; by model and target if not given.")
-    ] = None,
+        str, typer.Option(help="refined (gradient and evolution), paper, paper-xl or quick (evolution alone).")
+    ] = "refined",
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of all randomness of the study.")] = 0,
     workers: Workers = None,
     gpus_per_worker: GpusPerWorker = None,
@@ -91,7 +99,7 @@ def launch(
     selection_documents: Annotated[int | None, typer.Option(min=1, help="Documents of the selection set.")] = None,
     test_documents: Annotated[int | None, typer.Option(min=1, help="Documents of the test set.")] = None,
     windows: Annotated[
-        str | None, typer.Option(help="Windows of a document by set, such as search=1,selection=2,test=4.")
+        str | None, typer.Option(help="Windows of a document by set, such as search=1,refine=3,selection=2,test=4.")
     ] = None,
     population: Annotated[int | None, typer.Option(help="Individuals of the first generation.")] = None,
     parents: Annotated[int | None, typer.Option(help="Best individuals that children are made from.")] = None,
@@ -100,15 +108,43 @@ def launch(
     generations: Annotated[int | None, typer.Option(help="Generations after the first.")] = None,
     mutation_probability: Annotated[float | None, typer.Option(help="Chance that a factor mutates.")] = None,
     mutation: Annotated[str | None, typer.Option(help="neighbours (the paper's), range or lognormal.")] = None,
-    upper_ratio: Annotated[float, typer.Option(help="Upper bound of a factor, in units of the scale.")] = 1.25,
+    sampler: Annotated[
+        str | None, typer.Option(help="Propose by random, random-log, cmaes, tpe or nsga2 in evolution's place.")
+    ] = None,
+    refine_legs: Annotated[int | None, typer.Option(help="Legs of the seeds' gradient refinement; 0: none.")] = None,
+    refine_final_legs: Annotated[int | None, typer.Option(help="Legs of the best individual's, at the end.")] = None,
+    refine_steps: Annotated[int | None, typer.Option(help="Gradient steps of a leg.")] = None,
+    refine_starts: Annotated[int | None, typer.Option(help="How many of the best seeds are refined.")] = None,
+    refine_rate: Annotated[float | None, typer.Option(help="Size of the first step, in ln lambda.")] = None,
+    learn_attention: Annotated[
+        bool,
+        typer.Option("--learn-attention", help="Refine the attention factor too; the start is --attention-factor."),
+    ] = False,
+    racing: Annotated[bool | None, typer.Option(help="Leave children that can hardly become parents any more.")] = None,
+    racing_caution: Annotated[
+        float | None, typer.Option(help="Deviations a child may do better than expected.")
+    ] = None,
+    critical_pair: Annotated[
+        str | None, typer.Option(help="LongRoPE2's space: search from this pair on (auto or an index), NTK below.")
+    ] = None,
+    needles: Annotated[
+        int, typer.Option(min=0, help="Score by this many planted needles a window alone, as LongRoPE2 does.")
+    ] = 0,
+    upper_ratio: Annotated[
+        float | None,
+        typer.Option(help="Upper bound of a factor, in units of the scale; 1.25, or 2 with a critical pair."),
+    ] = None,
     n_hats: Annotated[str | None, typer.Option(help="Choices of n_hat, such as 0,4,16; 0 alone leaves it out.")] = None,
     attention_factor: Annotated[str, typer.Option(help="su, yarn, none or a number.")] = "su",
     seed_factors: Annotated[list[Path] | None, typer.Option(help="Factor file whose factors join the seeds.")] = None,
-    finalists: Annotated[int, typer.Option(min=1, help="How many are re-scored on the selection set.")] = 8,
+    finalists: Annotated[int | None, typer.Option(min=1, help="How many are re-scored on the selection set.")] = None,
     dtype: Dtype = "auto",
     attention: Attention = "auto",
     sliding_window: SlidingWindow = None,
     original_length: OriginalLength = None,
+    chunk: Chunk = None,
+    hidden_on_host: HiddenOnHost = False,
+    stream_weights: StreamWeights = False,
     threads: Threads = 1,
     trust_remote_code: Remote = False,
     as_json: AsJson = False,
@@ -118,8 +154,7 @@ def launch(
     Example: longrope launch --model ./my-model --data ./books --target 128k --gpus-per-worker 1
     """
     from runs import Run
-    from searcher.plan import SearchSettings, default_preset, parse_choices, parse_length
-    from searcher.plan import preset as preset_of
+    from searcher.plan import parse_choices, parse_length
     from searcher.space import N_HATS
     from storage.repository import Repository
     from workers.corpus import CorpusRequest
@@ -142,26 +177,36 @@ def launch(
     choices = N_HATS if n_hats is None else parse_choices(n_hats)
     if n_hats is not None and max(choices) > length:
         raise LongRopeError(f"n_hat counts start tokens of the target's {length}, so it cannot be {max(choices)}.")
-    chosen = preset or ("quick" if model is None else default_preset(length))
-    overrides = {
-        "population": population,
-        "parents": parents,
-        "mutants": mutants,
-        "crosses": crosses,
-        "generations": generations,
-        "probability": mutation_probability,
-        "mutation": mutation,
-    }
-    settings = SearchSettings(
+    settings = _search_settings(
+        preset,
+        sampler,
+        {
+            "population": population,
+            "parents": parents,
+            "mutants": mutants,
+            "crosses": crosses,
+            "generations": generations,
+            "probability": mutation_probability,
+            "mutation": mutation,
+        },
+        {
+            "legs": refine_legs,
+            "final_legs": refine_final_legs,
+            "steps": refine_steps,
+            "starts": refine_starts,
+            "rate": refine_rate,
+            "attention": learn_attention or None,
+        },
+        racing,
+        racing_caution,
         target_length=length,
-        preset=chosen,
-        evolution=preset_of(chosen, overrides),
         seed=seed,
         attention=attention_factor,
         upper_ratio=upper_ratio,
         n_hats=choices,
         finalists=finalists,
         seed_factors=_read_seed_factors(seed_factors or []),
+        critical=critical_pair,
     )
     counts = {"search": search_documents, "selection": selection_documents, "test": test_documents}
     corpus = CorpusRequest(
@@ -172,6 +217,7 @@ def launch(
         documents={part: count for part, count in counts.items() if count is not None},
         windows=_parse_windows(windows),
         seed=data_seed,
+        needles=needles,
     )
     request = ModelRequest(
         path=path,
@@ -180,6 +226,9 @@ def launch(
         attention=attention,
         sliding_window=sliding_window,
         original_length=original_length,
+        chunk=chunk,
+        hidden_on_host=hidden_on_host,
+        stream_weights=stream_weights,
         threads=threads,
         trust_remote_code=trust_remote_code,
     )
@@ -217,7 +266,7 @@ def resume(
     from storage.repository import Repository
     from workers.scorer import PoolRequest
 
-    repository = Repository(storage)
+    repository = Repository(storage, create=False)
     record = repository.study(study)
     if record.status == "finished":
         raise LongRopeError(
@@ -234,13 +283,58 @@ def resume(
     _run(repository, run, storage, as_json, is_new=False, accept_numerics=accept_numerics)
 
 
+def _search_settings(
+    name: str,
+    sampler: str | None,
+    evolution: dict[str, Any],
+    refinement: dict[str, Any],
+    racing: bool | None,
+    caution: float | None,
+    finalists: int | None,
+    **others: Any,
+) -> SearchSettings:
+    """A preset with what the command line says otherwise."""
+    from searcher.descent import Refinement
+    from searcher.plan import SearchSettings, overridden, preset
+    from searcher.racing import Racing
+    from searcher.samplers import Sampler
+
+    chosen = preset(name)
+    settled = overridden(chosen.evolution, evolution)
+    refined, raced, proposer = chosen.refinement, chosen.racing, None
+    if sampler is not None:
+        batch = settled.mutants + settled.crosses
+        proposer = Sampler(sampler, settled.population, batch, settled.generations)
+        refined, raced = None, None
+    if any(value is not None for value in refinement.values()):
+        refined = overridden(refined or Refinement(legs=0 if sampler else 1), refinement)
+        if refined.attention and not refined.gradients:
+            raise LongRopeError(
+                "The attention factor is learnt by a refinement, and this search has none; give --refine-legs, or with "
+                "a sampler --refine-final-legs."
+            )
+    if racing is not None or caution is not None:
+        raced = None if racing is False else overridden(raced or Racing(), {"caution": caution})
+    return SearchSettings(
+        preset=name,
+        evolution=settled,
+        refinement=refined,
+        racing=raced,
+        sampler=proposer,
+        finalists=finalists or chosen.finalists,
+        all_seeds_final=chosen.all_seeds_final,
+        **others,
+    )
+
+
 def _parse_windows(text: str | None) -> dict[str, int]:
-    from searcher.study import PARTS
+    from searcher.study import PARTS, REFINE
 
     windows = {}
     for item in text.split(",") if text else ():
         part, _, number = item.strip().partition("=")
-        if part not in PARTS or not number.isdecimal() or int(number) < 1:
+        least = 0 if part == REFINE else 1  # a refinement without further windows descends on the search windows
+        if part not in (*PARTS, REFINE) or not number.isdecimal() or int(number) < least:
             raise LongRopeError(f"--windows takes a number by set, such as search=1,selection=2,test=4, not {text!r}.")
         windows[part] = int(number)
     return windows
@@ -271,7 +365,7 @@ def _run(
     repository: Repository, run: Run, storage: str, as_json: bool, is_new: bool, accept_numerics: bool = False
 ) -> None:
     from runs import run as run_study
-    from storage.report import perplexity_table
+    from storage.report import cost_line, pareto_table, perplexity_table
     from storage.results import perplexities
 
     console = _console(stderr=as_json)
@@ -289,7 +383,9 @@ def _run(
     if not as_json:
         console.print(perplexity_table(result, "test"))
         console.print(f"chosen on the selection documents: {result['origin']}", highlight=False)
-        console.print(f"{result['forwards']} document forwards, {finished.seconds:.0f} s in all", highlight=False)
+        if result["pareto"]:
+            console.print(pareto_table(result))
+        console.print(f"{cost_line(repository.cost(run.name))} {finished.seconds:.0f} s in all.", highlight=False)
         console.print(f"factors: {finished.factors}", highlight=False, soft_wrap=True)
         return
     tables = {part: perplexities(result, part) for part in result["scores"]}
@@ -303,6 +399,7 @@ def _run(
             **tables,
             "attention_factor": result["attention_factor"],
             "cost": result["forwards"],
+            "gradients": result["gradients"],
             "seconds": round(finished.seconds, 3),
         }
     )
@@ -347,6 +444,9 @@ def evaluate(
     attention: Attention = "auto",
     sliding_window: SlidingWindow = None,
     original_length: OriginalLength = None,
+    chunk: Chunk = None,
+    hidden_on_host: HiddenOnHost = False,
+    stream_weights: StreamWeights = False,
     threads: Threads = 1,
     trust_remote_code: Remote = False,
     as_json: AsJson = False,
@@ -378,6 +478,9 @@ def evaluate(
         attention=attention,
         sliding_window=sliding_window,
         original_length=original_length,
+        chunk=chunk,
+        hidden_on_host=hidden_on_host,
+        stream_weights=stream_weights,
         threads=threads,
         trust_remote_code=trust_remote_code,
     )
@@ -441,7 +544,7 @@ def export(
         from storage.repository import Repository
 
         name = source
-        record = Repository(storage).study(name)
+        record = Repository(storage, create=False).study(name)
         if record.result is None:
             raise LongRopeError(f"The study {name} is not finished; go on with `longrope resume {name}`, then export.")
         file = study_factor_file(name, record.settings, record.result, method)
@@ -512,7 +615,7 @@ def studies(context: typer.Context, storage: Storage = DEFAULT_STORAGE, as_json:
     from storage.report import studies_table
     from storage.repository import Repository
 
-    summaries = Repository(storage).studies()
+    summaries = Repository(storage, create=False).studies()
     if as_json:
         _print_json(
             [{**asdict(s), "created_at": str(s.created_at), "updated_at": str(s.updated_at)} for s in summaries]
@@ -533,22 +636,31 @@ def show_study(
 
     Example: longrope studies show my-study --json
     """
-    from storage.report import perplexity_table, progress_table
+    from storage.report import pareto_table, perplexity_table, progress_table
     from storage.repository import Repository
 
-    repository = Repository(storage)
+    repository = Repository(storage, create=False)
     record = repository.study(study)
     rows = repository.generations(study)
     if as_json:
         shown = {key: value for key, value in asdict(record).items() if key not in ("created_at", "updated_at")}
-        _print_json({**shown, "candidates": len(rows), "failures": [row.failure for row in rows if row.failure]})
+        _print_json(
+            {
+                **shown,
+                "candidates": len(rows),
+                "cost": asdict(repository.cost(study)),
+                "failures": [row.failure for row in rows if row.failure],
+            }
+        )
         return
     console = _console()
     console.print(f"{study}: {record.status}, {record.settings['model']['path']}", highlight=False, soft_wrap=True)
-    console.print(progress_table(rows))
+    console.print(progress_table(rows, repository.cost(study)))
     if record.result is not None:
         for part in record.result["scores"]:
             console.print(perplexity_table(record.result, part))
+        if record.result.get("pareto"):
+            console.print(pareto_table(record.result))
 
 
 @studies_app.command("delete")
@@ -563,7 +675,7 @@ def delete_study(
     """
     from storage.repository import Repository
 
-    repository = Repository(storage)
+    repository = Repository(storage, create=False)
     repository.study(study)
     if not yes:
         typer.confirm(f"Delete the study {study} and what it computed?", abort=True)

@@ -14,13 +14,13 @@ from rich.console import Console
 
 from searcher.errors import LongRopeError
 from searcher.plan import SearchSettings, cut_seeds, search_plan
+from searcher.search import SearchPlan, run_search
 from searcher.space import GRID
-from searcher.study import SearchPlan, run_search
 from storage.factor_file import FactorFile, ModelIdentity, write
 from storage.live import Watcher
 from storage.repository import Repository
 from storage.results import Result, factor_file, result_json
-from workers.corpus import CorpusRequest, study_windows
+from workers.corpus import CorpusRequest, study_windows, with_short_search
 from workers.model import ModelInfo, ModelRequest, load_tokenizer, read_original_length, resolve_folder
 from workers.scorer import PoolRequest, open_scorer
 
@@ -91,6 +91,8 @@ def run(repository: Repository, run: Run, console: Console, is_new: bool, accept
     tokenizer = load_tokenizer(resolve_folder(run.model.path, run.model.trust_remote_code), run.model.trust_remote_code)
     trained = run.model.original_length or read_original_length(run.model.path, run.model.trust_remote_code)
     sets = study_windows(run.corpus, tokenizer, run.model.target_length, trained)
+    if run.search.sampler is not None and run.search.sampler.two_objectives:
+        sets = with_short_search(sets, tokenizer, trained)
     tokens = {w.document.sha256: w.tokens for windows in sets.windows.values() for w in windows}
     documents = {part: [w.document for w in windows] for part, windows in sets.windows.items()}
     hashes = {part: [d.sha256 for d in found] for part, found in documents.items()}
@@ -105,8 +107,11 @@ def run(repository: Repository, run: Run, console: Console, is_new: bool, accept
             if record.profile is None:
                 store.set_profile(scorer.info.profile)
             _introduce(console, run, scorer.info, sets, plan)
-            evaluations = plan.evolution.individuals * len(documents["search"])
-            with Watcher(console, evaluations, plan.evolution.generations) as watcher:
+            proposer = plan.sampler or plan.evolution
+            evaluations = proposer.individuals * len(documents["search"])
+            if plan.refinement is not None:
+                evaluations += plan.refinement.gradients
+            with Watcher(console, evaluations, proposer.generations) as watcher:
                 found = run_search(plan, documents, scorer, store, watcher)
             sizes = {part: (len(windows), windows[0].length) for part, windows in documents.items()}
             result = result_json(plan, found, sizes, _computed_by(scorer.info))
@@ -131,7 +136,7 @@ def _refuse_changes(
             f"The model at {settings['model']['path']} is not the one this study began with; put that one back, or "
             "launch a new study."
         )
-    changed = [part for part, found in hashes.items() if settings["documents"][part] != found]
+    changed = [part for part, found in settings["documents"].items() if hashes[part] != found]
     if changed:
         raise LongRopeError(
             f"The {changed[0]} documents are not those this study began with; put them back, or launch a new study."
@@ -189,7 +194,7 @@ def study_factor_file(name: str, settings: Mapping[str, Any], result: Result, me
         "study": name,
         "seed": search.seed,
         "method": method,
-        "search": search.to_json(),
+        "search": settings["search"],
         "forwards": result["forwards"],
         "data": data,
         **result["computed_by"],
@@ -198,12 +203,13 @@ def study_factor_file(name: str, settings: Mapping[str, Any], result: Result, me
 
 
 def _introduce(console: Console, run: Run, info: ModelInfo, sets: DocumentSets, plan: SearchPlan) -> None:
-    spec, evolution, profile = info.spec, plan.evolution, info.profile
+    spec, proposer, profile = info.spec, plan.sampler or plan.evolution, info.profile
     scale = run.model.target_length / spec.original_length
     lines = [
         f"study {run.name}: {Path(run.model.path).name} ({spec.family}, window {spec.original_length}), "
         f"target {run.model.target_length} tokens, scale {scale:g}",
-        f"{evolution.individuals} individuals of {spec.pairs} rescale factors and n_hat; "
+        f"{proposer.individuals} individuals of {spec.pairs} rescale factors and n_hat, "
+        f"{0 if plan.refinement is None else plan.refinement.gradients} gradient steps; "
         f"attention factor {plan.attention_factor:.4f}; "
         f"{profile['dtype']}, {profile['attention']}, {profile['device']}",
     ]

@@ -16,13 +16,13 @@ import math
 import platform
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from workers.reference import HELD_OUT, held_out_documents, stdlib_dir
 
@@ -53,7 +53,7 @@ def training_files() -> list[Path]:
     return files
 
 
-def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
+def byte_level_bpe(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE; digits stay single tokens, so that a passkey is copied digit by digit."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -137,7 +137,7 @@ def code_rows(stream: np.ndarray, bos: int, seed: int) -> Iterator[np.ndarray]:
             yield np.concatenate(([bos], windows[index]))
 
 
-def muon_and_adamw(model: LlamaForCausalLM, rate: float) -> list[torch.optim.Optimizer]:
+def muon_and_adamw(model: PreTrainedModel, rate: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the layers, AdamW for the embedding and the norms."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "layers." in name]
     chosen = {id(p) for p in matrices}
@@ -148,14 +148,14 @@ def muon_and_adamw(model: LlamaForCausalLM, rate: float) -> list[torch.optim.Opt
     ]
 
 
-def token_losses(model: LlamaForCausalLM, batch: torch.Tensor) -> torch.Tensor:
+def token_losses(model: PreTrainedModel, batch: torch.Tensor) -> torch.Tensor:
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(batch, use_cache=False).logits
     return torch.nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), batch[:, 1:].flatten())
 
 
 @torch.no_grad()
-def perplexity_inside(model: LlamaForCausalLM, rows: torch.Tensor) -> float:
+def perplexity_inside(model: PreTrainedModel, rows: torch.Tensor) -> float:
     losses = [
         torch.nn.functional.cross_entropy(model(r[None], use_cache=False).logits[0, :-1].float(), r[1:]) for r in rows
     ]
@@ -178,6 +178,41 @@ def passkey_accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
     return right / trials
 
 
+def train(
+    model: PreTrainedModel,
+    batches: Callable[[int], list[np.ndarray]],
+    steps: int,
+    rate: float,
+    measure: Callable[[], dict[str, float]],
+    compiled: bool,
+) -> None:
+    """Muon and AdamW, 200 steps of warm-up, cosine to zero; what ``measure`` says is printed every 250 steps."""
+    optimizers = muon_and_adamw(model, rate)
+    losses = torch.compile(token_losses) if compiled else token_losses
+    start, warmup = time.time(), 200
+    for step in range(steps):
+        now = rate * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = now
+        loss = losses(model, torch.from_numpy(np.stack(batches(step))))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        if step % 250 == 0 or step == steps - 1:
+            report = {"step": step, "loss": round(loss.item(), 3), **measure()}
+            print(json.dumps({**report, "minutes": round((time.time() - start) / 60, 1)}), flush=True)
+
+
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+    """Stored in half the space, run in float32."""
+    model.to(torch.bfloat16).save_pretrained(out)
+    config_file = out / "config.json"
+    config_file.write_text(json.dumps(json.loads(config_file.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+    tokenizer.save_pretrained(out)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("reference_model"))
@@ -193,7 +228,7 @@ def main() -> None:
     digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
     synthetic = random.Random(1)
     samples = [passkey_example(synthetic, texts[0]) + key_value_example(synthetic) for _ in range(300)]
-    tokenizer = train_tokenizer(texts + samples, vocabulary=1024)
+    tokenizer = byte_level_bpe(texts + samples, vocabulary=1024)
     encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
     stream = np.concatenate([np.array([*ids, tokenizer.eos_token_id], dtype=np.int64) for ids in encoded])
     print(f"{len(texts)} modules, {sum(map(len, texts)):,} characters, {len(stream):,} tokens", flush=True)
@@ -213,8 +248,6 @@ def main() -> None:
         eos_token_id=tokenizer.eos_token_id,
     )
     model = LlamaForCausalLM(config)
-    optimizers = muon_and_adamw(model, args.rate)
-    losses = torch.compile(token_losses) if args.compile else token_losses
 
     from_retrieval = round(args.batch * args.retrieval_share)
     retrieval = retrieval_rows(tokenizer, texts[:400], from_retrieval * args.steps, seed=2)
@@ -223,33 +256,19 @@ def main() -> None:
     unseen = np.concatenate([encode(tokenizer, p.read_text())[: 8 * 255] for p in held_out_documents()["selection"]])
     checks = torch.tensor([[tokenizer.bos_token_id, *row] for row in unseen.reshape(-1, 255)])
 
-    start, warmup = time.time(), 200
-    for step in range(args.steps):
-        rate = args.rate * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / args.steps))
-        for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = rate
+    def batches(step: int) -> list[np.ndarray]:
         rows = [next(code) for _ in range(args.batch - from_retrieval)]
-        rows.extend(retrieval[step * from_retrieval : (step + 1) * from_retrieval])
-        loss = losses(model, torch.from_numpy(np.stack(rows)))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        if step % 250 == 0 or step == args.steps - 1:
-            report = {
-                "step": step,
-                "loss": round(loss.item(), 3),
-                "unseen_perplexity": round(perplexity_inside(model, checks), 3),
-                "passkey": passkey_accuracy(model, tokenizer, 20),
-                "minutes": round((time.time() - start) / 60, 1),
-            }
-            print(json.dumps(report), flush=True)
+        return [*rows, *retrieval[step * from_retrieval : (step + 1) * from_retrieval]]
 
-    model.to(torch.bfloat16).save_pretrained(args.out)
-    config_file = args.out / "config.json"  # stored in half the space, run in float32
-    config_file.write_text(json.dumps(json.loads(config_file.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
-    tokenizer.save_pretrained(args.out)
+    def measure() -> dict[str, float]:
+        return {
+            "unseen_perplexity": round(perplexity_inside(model, checks), 3),
+            "passkey": passkey_accuracy(model, tokenizer, 20),
+        }
+
+    start = time.time()
+    train(model, batches, args.steps, args.rate, measure, args.compile)
+    save(model, tokenizer, args.out)
     card = {
         "python": platform.python_version(),
         "torch": torch.__version__,

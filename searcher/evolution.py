@@ -32,6 +32,7 @@ class Evolution:
     generations: generations after the first.
     probability: chance that a factor mutates.
     mutation: how children stay monotone; see searcher/operators.py.
+    n_hat_trials: whether generation 1 is the best individual under every other n_hat, in place of children.
     """
 
     population: int = 64
@@ -41,6 +42,7 @@ class Evolution:
     generations: int = 40
     probability: float = 0.3
     mutation: str = "neighbours"
+    n_hat_trials: bool = False
 
     def __post_init__(self) -> None:
         check_mutation(self.mutation)
@@ -63,15 +65,6 @@ class Evolution:
         return self.population + self.generations * (self.mutants + self.crosses)
 
 
-PRESETS: dict[str, Evolution] = {
-    # Table 4 and appendix A: up to 256k, and above 512k with everything halved.
-    "paper": Evolution(),
-    "paper-xl": Evolution(population=32, parents=16, mutants=8, crosses=8),
-    # For small models and small budgets: fewer parents, log-normal steps of every size (benchmarks/NOTES.md).
-    "quick": Evolution(population=32, parents=8, mutants=12, crosses=4, generations=11, mutation="lognormal"),
-}
-
-
 @dataclass(frozen=True)
 class Child:
     """An individual that is asked for, and where it came from (``seed:yarn``, ``mutant``, ``cross``, ``random``)."""
@@ -84,11 +77,17 @@ class Child:
 class State:
     """All that the next generation depends on: what was scored, in ask order.
 
-    ``scores`` are mean negative log-likelihoods a token; infinity stands for a failed individual.
+    Attributes
+    ----------
+    scores: mean negative log-likelihoods a token; infinity stands for an individual that failed or was raced out.
+    batches: how many individuals each past generation added to ``scores``.
+    short: the same losses on short documents, where a sampler has them for a second objective.
     """
 
     generation: int = 0
     scores: Mapping[Individual, float] = field(default_factory=dict)
+    batches: tuple[int, ...] = ()
+    short: Mapping[Individual, float] = field(default_factory=dict)
 
     def ranked(self) -> list[tuple[Individual, float]]:
         """Best first; equal scores by key."""
@@ -122,6 +121,12 @@ def ask(
         return []
     children: list[Child] = []
     taken = set(state.scores)
+    if settings.n_hat_trials and state.generation == 1:
+        best = state.ranked()[0][0]
+        tried = [Individual(best.steps, n_hat) for n_hat in space.n_hats]
+        children = [Child(individual, "n_hat trial") for individual in tried if individual not in taken]
+        if children:
+            return children
     if state.generation == 0:
         named: dict[Individual, list[str]] = {}
         for name, individual in seeds.items():
@@ -173,7 +178,20 @@ def _new_child(
     return None
 
 
-def tell(state: State, scores: Mapping[Individual, float]) -> State:
+def tell(state: State, scores: Mapping[Individual, float], short: Mapping[Individual, float] | None = None) -> State:
     """The state after a generation: ``scores`` in ask order. A score that is not finite counts as failed."""
-    cleaned = {individual: score if math.isfinite(score) else math.inf for individual, score in scores.items()}
-    return replace(state, generation=state.generation + 1, scores={**state.scores, **cleaned})
+    return replace(
+        learn(state, scores),
+        generation=state.generation + 1,
+        batches=(*state.batches, len(scores)),
+        short={**state.short, **_cleaned(short or {})},
+    )
+
+
+def learn(state: State, scores: Mapping[Individual, float]) -> State:
+    """The state with individuals that no generation asked for, such as refined ones."""
+    return replace(state, scores={**state.scores, **_cleaned(scores)})
+
+
+def _cleaned(scores: Mapping[Individual, float]) -> dict[Individual, float]:
+    return {individual: score if math.isfinite(score) else math.inf for individual, score in scores.items()}

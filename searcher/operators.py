@@ -8,6 +8,8 @@ Three ways to keep individuals monotone, by name:
                 that plateaus of equal factors move.
 ``lognormal``   a mutated factor is multiplied by a log-normal step whose size is drawn anew for every child, from
                 fine to the whole range, and the whole is repaired likewise.
+
+In a space with a critical pair they work on the searched pairs; the space derives the others.
 """
 
 from __future__ import annotations
@@ -33,31 +35,35 @@ def mutate(
     rng: np.random.Generator, parent: Individual, space: SearchSpace, probability: float, kind: str
 ) -> Individual:
     """A child of one parent: each factor, and n_hat, changes with ``probability``; at least one of them is redrawn."""
-    chosen = rng.random(space.pairs + 1) < probability
+    searched = parent.steps[space.critical :]
+    chosen = rng.random(space.free + 1) < probability
     if not chosen.any():
-        chosen[rng.integers(space.pairs + 1)] = True
+        chosen[rng.integers(space.free + 1)] = True
     n_hat = parent.n_hat
     if chosen[-1]:
         n_hat = int(rng.choice(space.n_hats))
     if kind == "neighbours":
-        return Individual(_between_neighbours(rng, parent, space, chosen[:-1]), n_hat)
-    steps = np.asarray(parent.steps, dtype=np.float64)
+        return Individual(space.completed(_between_neighbours(rng, searched, space, chosen[:-1])), n_hat)
+    steps = np.asarray(searched, dtype=np.float64)
     if kind == "range":
-        drawn = rng.integers(space.lower, space.upper + 1, size=space.pairs).astype(np.float64)
+        drawn = rng.integers(space.lower, space.upper + 1, size=space.free).astype(np.float64)
     else:
         widest = math.log(space.upper / space.lower)
         size = widest * FINEST_STEP ** rng.random()
-        drawn = steps * np.exp(size * rng.standard_normal(space.pairs))
-    return space.repair(np.where(chosen[:-1], drawn, steps), n_hat)
+        drawn = steps * np.exp(size * rng.standard_normal(space.free))
+    return space.repair([*parent.steps[: space.critical], *np.where(chosen[:-1], drawn, steps)], n_hat)
 
 
 def _between_neighbours(
-    rng: np.random.Generator, parent: Individual, space: SearchSpace, chosen: np.ndarray[tuple[int], np.dtype[np.bool_]]
+    rng: np.random.Generator,
+    searched: tuple[int, ...],
+    space: SearchSpace,
+    chosen: np.ndarray[tuple[int], np.dtype[np.bool_]],
 ) -> tuple[int, ...]:
-    steps = list(parent.steps)
+    steps = list(searched)
     for i in np.flatnonzero(chosen):
         below = steps[i - 1] if i > 0 else space.lower
-        above = steps[i + 1] if i + 1 < space.pairs else space.upper
+        above = steps[i + 1] if i + 1 < space.free else space.upper
         steps[i] = int(rng.integers(below, above + 1))
     return tuple(steps)
 
@@ -69,16 +75,16 @@ def crossover(
 
     ``neighbours`` draws again until the child is monotone, at most CROSS_ATTEMPTS times; the others repair at once.
     """
-    one, other = np.asarray(first.steps), np.asarray(second.steps)
+    one, other = (np.asarray(parent.steps[space.critical :]) for parent in (first, second))
     n_hat = first.n_hat if rng.random() < 0.5 else second.n_hat
     for _ in range(CROSS_ATTEMPTS if kind == "neighbours" else 1):
-        steps = np.where(rng.random(space.pairs) < 0.5, one, other)
+        steps = np.where(rng.random(space.free) < 0.5, one, other)
         if np.all(np.diff(steps) >= 0):
             break
-    return space.repair(steps.astype(np.float64), n_hat)
+    return space.repair([*first.steps[: space.critical], *steps.astype(np.float64)], n_hat)
 
 
 def random_individual(rng: np.random.Generator, space: SearchSpace) -> Individual:
     """Sorted uniform draws: what fills a population when the operators find nothing new."""
-    steps = np.sort(rng.integers(space.lower, space.upper + 1, size=space.pairs))
-    return Individual(tuple(int(step) for step in steps), int(rng.choice(space.n_hats)))
+    steps = np.sort(rng.integers(space.lower, space.upper + 1, size=space.free))
+    return Individual(space.completed(steps.tolist()), int(rng.choice(space.n_hats)))

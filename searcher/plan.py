@@ -8,15 +8,52 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from searcher.baselines import BASELINES
+from searcher.critical import practical_pair
+from searcher.descent import Refinement
 from searcher.errors import LongRopeError
-from searcher.evolution import PRESETS, Evolution
+from searcher.evolution import Evolution
+from searcher.racing import Racing
 from searcher.rope import Factors, RopeSpec, attention_factor
+from searcher.samplers import Sampler
+from searcher.search import SearchPlan
 from searcher.space import GRID, N_HATS, SearchSpace
-from searcher.study import SearchPlan
 
 # What the paper seeds with (section 3.2); the other presets start from every baseline there is.
 PAPER_SEEDS = ("pi", "ntk", "yarn")
 SHIPPED = "shipped"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A search that somebody settled: the paper's, or ours. Fields as in ``SearchPlan``."""
+
+    evolution: Evolution
+    refinement: Refinement | None = None
+    racing: Racing | None = None
+    finalists: int = 8
+    all_seeds_final: bool = True
+
+
+DEFAULT_PRESET = "refined"
+PRESETS: dict[str, Preset] = {
+    # Found by experiment (benchmarks/NOTES.md): the gradient does the work, evolution tries n_hat and what it missed.
+    "refined": Preset(
+        Evolution(
+            population=1, parents=4, mutants=6, crosses=2, generations=2, mutation="lognormal", n_hat_trials=True
+        ),
+        Refinement(),
+        Racing(),
+        finalists=3,
+        all_seeds_final=False,
+    ),
+    # Table 4 and appendix A: up to 256k, and above 512k with everything halved.
+    "paper": Preset(Evolution()),
+    "paper-xl": Preset(Evolution(population=32, parents=16, mutants=8, crosses=8)),
+    # Evolution alone for small budgets: fewer parents, log-normal steps of every size.
+    "quick": Preset(
+        Evolution(population=32, parents=8, mutants=12, crosses=4, generations=11, mutation="lognormal"),
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -26,14 +63,15 @@ class SearchSettings:
     Attributes
     ----------
     target_length: L in tokens.
-    preset: name in ``evolution.PRESETS`` that the other settings started from.
-    evolution: the algorithm's settings after all overrides.
+    preset: name in ``PRESETS`` that the other settings started from.
+    evolution, refinement, racing, sampler: after all overrides; see ``SearchPlan``.
     seed: of all randomness.
     attention: policy or number; see ``rope.attention_factor``.
-    upper_ratio: upper bound of a rescale factor, in units of s.
+    upper_ratio: upper bound of a rescale factor, in units of s; None takes the space's own, 1.25 or LongRoPE2's 2.
     n_hats: choices of n_hat.
-    finalists: how many of the best are re-scored on the selection set.
+    finalists, all_seeds_final: who is re-scored on the selection set.
     seed_factors: name to rescale factors that join the seeds, from a file of the user's; n_hat beside them.
+    critical: None for LongRoPE's space; ``auto`` or the index of the critical pair for LongRoPE2's.
     """
 
     target_length: int
@@ -41,10 +79,22 @@ class SearchSettings:
     evolution: Evolution = field(default_factory=Evolution)
     seed: int = 0
     attention: str = "su"
-    upper_ratio: float = 1.25
+    upper_ratio: float | None = None
     n_hats: tuple[int, ...] = N_HATS
     finalists: int = 8
     seed_factors: Mapping[str, tuple[tuple[float, ...], int]] = field(default_factory=dict)
+    refinement: Refinement | None = None
+    racing: Racing | None = None
+    sampler: Sampler | None = None
+    all_seeds_final: bool = True
+    critical: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.sampler is not None and self.refinement is not None and self.refinement.legs:
+            raise LongRopeError(
+                "A sampler proposes from what it asked for itself, so with one a refinement comes at the end only; "
+                "set --refine-legs 0, and --refine-final-legs for the end."
+            )
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; ``from_json`` gives an equal object back."""
@@ -52,27 +102,32 @@ class SearchSettings:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> SearchSettings:
-        """The inverse of ``to_json``, also after lists came back for tuples."""
-        values = {f.name: data[f.name] for f in fields(cls)}
+        """The inverse of ``to_json``, also after lists came back for tuples, and of what earlier versions stored."""
+        values = {f.name: data[f.name] for f in fields(cls) if f.name in data}
         values["evolution"] = Evolution(**data["evolution"])
         values["n_hats"] = tuple(data["n_hats"])
         values["seed_factors"] = {
             name: (tuple(lambdas), int(n_hat)) for name, (lambdas, n_hat) in data["seed_factors"].items()
         }
+        if data.get("refinement") is not None:
+            values["refinement"] = Refinement(**data["refinement"])
+        if data.get("racing") is not None:
+            values["racing"] = Racing(tuple(data["racing"]["after"]), data["racing"]["caution"])
+        if data.get("sampler") is not None:
+            values["sampler"] = Sampler(**data["sampler"])
         return cls(**values)
 
 
-def preset(name: str, overrides: Mapping[str, object | None]) -> Evolution:
-    """A preset with some of its fields replaced; None leaves a field as it is."""
+def preset(name: str) -> Preset:
+    """A preset by name."""
     if name not in PRESETS:
         raise LongRopeError(f"The preset is one of {', '.join(PRESETS)}, not {name!r}.")
-    given: dict[str, Any] = {key: value for key, value in overrides.items() if value is not None}
-    return replace(PRESETS[name], **given)
+    return PRESETS[name]
 
 
-def default_preset(target_length: int) -> str:
-    """The paper's settings by length: population, mutants and crosses halve above 512k tokens."""
-    return "paper-xl" if target_length > 512 * 1024 else "paper"
+def overridden(settings: Any, overrides: Mapping[str, object | None]) -> Any:
+    """Settings of any kind with some fields replaced; None leaves a field as it is."""
+    return replace(settings, **{key: value for key, value in overrides.items() if value is not None})
 
 
 def cut_seeds(plan: SearchPlan) -> list[str]:
@@ -96,7 +151,7 @@ def search_plan(
         The target does not exceed the trained window, or seed factors are of another length.
     """
     scale = checked_scale(spec, settings.target_length)
-    space = SearchSpace.for_scale(spec.pairs, scale, settings.upper_ratio, settings.n_hats)
+    space = _space(settings, spec, scale)
     baselines = {name: make(spec, scale) for name, make in BASELINES.items()}
     if shipped is not None:
         baselines[f"{SHIPPED}_{shipped[0]}"] = shipped[1]
@@ -119,8 +174,20 @@ def search_plan(
         baselines=baselines,
         seed=settings.seed,
         finalists=settings.finalists,
+        all_seeds_final=settings.all_seeds_final,
         stage=stage,
+        frequencies=tuple(spec.inverse_frequencies().tolist()),
+        sampler=settings.sampler,
+        refinement=settings.refinement,
+        racing=settings.racing,
     )
+
+
+def _space(settings: SearchSettings, spec: RopeSpec, scale: float) -> SearchSpace:
+    if settings.critical is None:
+        return SearchSpace.for_scale(spec.pairs, scale, settings.upper_ratio or 1.25, settings.n_hats)
+    critical = practical_pair(settings.critical, spec)
+    return SearchSpace.for_critical(spec.pairs, scale, critical, settings.n_hats, settings.upper_ratio or 2.0)
 
 
 def checked_scale(spec: RopeSpec, target_length: int) -> float:

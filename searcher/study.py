@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from searcher.errors import LongRopeError
-from searcher.evolution import Evolution, State, ask, tell
+from searcher.racing import Race
 from searcher.rope import Factors
-from searcher.space import GRID, Individual, SearchSpace
 
 PARTS = ("search", "selection", "test")
+REFINED = "refined"  # the part of a study where the ends of a refinement's legs are scored on the search documents
+REFINE = "refine"  # windows that a gradient refinement descends on: further ones of the search documents
+SEARCH_SHORT = "search_short"  # windows of the original length, the second objective of some samplers
 SHORT = "short"  # text within the original length: what factors cost there; reported where it is given
 AT_STUDY_ATTENTION = "@study"  # suffix of a baseline's name where it is shown under the study's attention factor
 WITHOUT_N_HAT = "searched_n_hat_0"
@@ -34,11 +36,14 @@ class Document:
     name: where it comes from, for people.
     sha256: of its tokens as little-endian uint32, BOS included; names it to the scorer.
     length: L, tokens with BOS; L - 1 of them are scored.
+    spans: where only part of the window is scored, half-open ranges of positions; empty scores every token but the
+        first. The token at position 0 is never scored.
     """
 
     name: str
     sha256: str
     length: int
+    spans: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -51,11 +56,17 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Unit:
-    """The unit of work: one candidate on one document."""
+    """The unit of work: one candidate on one document.
+
+    Attributes
+    ----------
+    gradient: whether the gradient of the loss is asked for beside its value.
+    """
 
     key: str
     factors: Factors
     document: Document
+    gradient: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,6 +81,7 @@ class Outcome:
     seconds: time the worker spent on it.
     worker: who computed it.
     failure: why ``nll`` is None or not finite.
+    gradient: of ``nll``, where it was asked for: by ln lambda_i, pair after pair, and last by ln attention factor.
     """
 
     key: str
@@ -78,15 +90,27 @@ class Outcome:
     seconds: float = 0.0
     worker: str = ""
     failure: str | None = None
+    gradient: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
 class Score:
-    """One candidate on a set of documents: total negative log-likelihood over total tokens."""
+    """One candidate on a set of documents: total negative log-likelihood over total tokens.
+
+    Attributes
+    ----------
+    failure: why there is no total: the candidate failed, or was raced out.
+    by_document: nats of each document, in document order, up to the first that failed.
+    documents: how many it was scored on.
+    raced_out: whether racing left it there.
+    """
 
     nll: float
     tokens: int
     failure: str | None = None
+    by_document: tuple[float, ...] = ()
+    documents: int = 0
+    raced_out: bool = False
 
     @property
     def loss(self) -> float:
@@ -107,8 +131,12 @@ class Scorer(Protocol):
         """SHA-256 of all but factors and document that decides a value: weights, config, scorer, numerics profile."""
         ...
 
-    def evaluate(self, units: Sequence[Unit]) -> Iterator[Outcome]:
-        """Every unit's outcome once, as they finish."""
+    def evaluate(self, units: Sequence[Unit], spare: Sequence[Unit] = ()) -> Iterator[Outcome]:
+        """Every unit's outcome once, as they finish.
+
+        ``spare`` units are for workers that would be idle otherwise: some of their outcomes come, in this call or in a
+        later one, and none is waited for.
+        """
         ...
 
 
@@ -143,6 +171,10 @@ class Store(Protocol):
         """Keep what a worker returned."""
         ...
 
+    def known(self, keys: Sequence[str]) -> set[str]:
+        """Those of the keys that have a value already."""
+        ...
+
 
 class Observer(Protocol):
     """Told what happens, for whoever watches; changes nothing."""
@@ -150,6 +182,8 @@ class Observer(Protocol):
     def generation_started(self, part: str, generation: int, units: int, pending: int) -> None: ...
 
     def evaluated(self, outcome: Outcome) -> None: ...
+
+    def candidates_dropped(self, part: str, generation: int, count: int) -> None: ...
 
     def generation_finished(self, part: str, generation: int, best: Candidate, score: Score) -> None: ...
 
@@ -161,58 +195,20 @@ class Silent:
 
     def evaluated(self, outcome: Outcome) -> None: ...
 
+    def candidates_dropped(self, part: str, generation: int, count: int) -> None: ...
+
     def generation_finished(self, part: str, generation: int, best: Candidate, score: Score) -> None: ...
 
 
-@dataclass(frozen=True)
-class SearchPlan:
-    """One search stage as data.
-
-    Attributes
-    ----------
-    evolution, space: the algorithm's settings and where it looks.
-    attention_factor: the study's, of every individual.
-    seeds: name to factors; snapped to the space's grid under the study's attention factor.
-    baselines: name to factors, off the grid, under their own attention factor: the rows to beat.
-    seed: of all randomness.
-    finalists: individuals re-scored on the selection set; as many of the best with n_hat = 0 go with them.
-    stage: number of the stage in its study.
-    """
-
-    evolution: Evolution
-    space: SearchSpace
-    attention_factor: float
-    seeds: Mapping[str, Factors]
-    baselines: Mapping[str, Factors]
-    seed: int = 0
-    finalists: int = 8
-    stage: int = 0
-
-
-@dataclass(frozen=True)
-class SearchResult:
-    """What a search found.
-
-    Attributes
-    ----------
-    winner: the finalist with the lowest loss on the selection set.
-    without_n_hat: likewise among those with n_hat = 0; None where the space has no n_hat = 0.
-    scores: part -> method -> score. Methods are the baselines' names, bare under their own attention factor and with
-        ``@study`` under the study's; ``searched`` and ``searched_n_hat_0``.
-    forwards: document forwards that the study is made of, whether computed or found in the store.
-    """
-
-    winner: Candidate
-    without_n_hat: Candidate | None
-    scores: Mapping[str, Mapping[str, Score]]
-    forwards: int
-    history: Sequence[float] = field(default_factory=tuple)
-
-
-def evaluation_key(fingerprint: str, factors: Factors, document: Document) -> str:
+def evaluation_key(fingerprint: str, factors: Factors, document: Document, gradient: bool = False) -> str:
     """SHA-256 of everything that decides an evaluation's value."""
     digest = hashlib.sha256()
-    for part in (fingerprint.encode(), document.sha256.encode(), factors.to_bytes()):
+    parts = [fingerprint.encode(), document.sha256.encode(), factors.to_bytes()]
+    if document.spans:
+        parts.append(repr(document.spans).encode())
+    if gradient:
+        parts.append(b"gradient")
+    for part in parts:
         digest.update(len(part).to_bytes(8, "little"))
         digest.update(part)
     return digest.hexdigest()
@@ -227,49 +223,37 @@ def score_generation(
     store: Store,
     observer: Observer,
     stage: int = 0,
+    race: Race | None = None,
+    spare: Sequence[Unit] = (),
 ) -> list[Score]:
     """Every candidate's score on a set of documents, in ask order; computes only what the store does not know.
+
+    Parameters
+    ----------
+    race: drops candidates after some of the documents; None scores all of them on all.
+    spare: units for workers that would be idle, whose values a later generation may ask for.
 
     Raises
     ------
     LongRopeError
         Every candidate failed, other than in a later search generation: the first reason is in the message.
     """
-    keys = [[evaluation_key(scorer.fingerprint, c.factors, d) for d in documents] for c in candidates]
-    if store.candidates(stage, part, generation) is None:
-        store.add_generation(stage, part, generation, candidates, documents, keys)
-    store.rekey(stage, part, generation, keys)  # first: another study may have computed the new keys
-    known = store.outcomes(stage, part, generation)
-    units: dict[str, Unit] = {}
-    places: dict[str, list[tuple[int, int]]] = {}
-    for i, candidate in enumerate(candidates):
-        for j, document in enumerate(documents):
-            if known[i][j] is None:
-                units.setdefault(keys[i][j], Unit(keys[i][j], candidate.factors, document))
-                places.setdefault(keys[i][j], []).append((i, j))
-    observer.generation_started(part, generation, len(candidates) * len(documents), len(units))
-    uncomputed: list[Outcome] = []
-    in_a_row = 0
-    for outcome in scorer.evaluate(list(units.values())) if units else ():
-        observer.evaluated(outcome)
-        for i, j in places[outcome.key]:
-            known[i][j] = outcome
-        if outcome.nll is not None:
-            store.record(outcome)
-            in_a_row = 0
-            continue
-        uncomputed.append(outcome)
-        in_a_row += 1
-        if in_a_row == max(UNCOMPUTED_IN_A_ROW, 2 * len(documents)):
-            raise _nothing_computed(in_a_row, outcome)
-    if uncomputed and not any(outcome and outcome.nll is not None for row in known for outcome in row):
-        raise _nothing_computed(len(uncomputed), uncomputed[-1])
-    # Only now: a failure that is recorded is final in this study, since later generations build on it.
-    for outcome in uncomputed:
-        store.record(outcome)
-    scores = [total(row) for row in known]
-    # Later search generations may fail as a whole: the earlier ones' scores stand, and the selection set would tell.
-    needed = generation == 0 or part != "search"
+    work = _Generation(part, generation, candidates, documents, scorer, store, observer, stage)
+    racing = list(range(len(candidates)))
+    seen_by = [len(documents)] * len(candidates)
+    if race is not None:
+        for seen in race.points(len(documents)):
+            work.compute(racing, seen, spare)
+            kept = race.kept([work.losses(i, seen) for i in racing])
+            for i in [i for i, keep in zip(racing, kept, strict=True) if not keep]:
+                racing.remove(i)
+                seen_by[i] = seen
+    work.compute(racing, len(documents), spare)
+    scores = work.finish(seen_by)
+    if any(score.raced_out for score in scores):
+        observer.candidates_dropped(part, generation, sum(score.raced_out for score in scores))
+    # Later generations of the search may fail as a whole: the earlier ones' scores stand, and the selection set tells.
+    needed = part != REFINED and (generation == 0 or part not in ("search", SEARCH_SHORT))
     if needed and not any(math.isfinite(score.loss) for score in scores):
         raise LongRopeError(
             f"No candidate of {part} generation {generation} could be scored; the first failed with: "
@@ -280,6 +264,103 @@ def score_generation(
     return scores
 
 
+def score_gradients(
+    part: str,
+    generation: int,
+    candidates: Sequence[Candidate],
+    documents: Sequence[Document],
+    scorer: Scorer,
+    store: Store,
+    observer: Observer,
+    stage: int = 0,
+) -> list[list[Outcome]]:
+    """By candidate and document, outcomes with gradients, under the same rules as ``score_generation``."""
+    work = _Generation(part, generation, candidates, documents, scorer, store, observer, stage, gradient=True)
+    work.compute(range(len(candidates)), len(documents))
+    scores = work.finish([len(documents)] * len(candidates))
+    observer.generation_finished(part, generation, candidates[0], scores[0])
+    return [[outcome for outcome in row if outcome is not None] for row in work.known]
+
+
+class _Generation:
+    """One generation on its way: what is known of it, and which of its units are still to be computed."""
+
+    def __init__(
+        self,
+        part: str,
+        generation: int,
+        candidates: Sequence[Candidate],
+        documents: Sequence[Document],
+        scorer: Scorer,
+        store: Store,
+        observer: Observer,
+        stage: int,
+        gradient: bool = False,
+    ) -> None:
+        self.place = (stage, part, generation)
+        self.candidates, self.documents, self.gradient = candidates, documents, gradient
+        self.scorer, self.store, self.observer = scorer, store, observer
+        fingerprint = scorer.fingerprint
+        self.keys = [[evaluation_key(fingerprint, c.factors, d, gradient) for d in documents] for c in candidates]
+        if store.candidates(*self.place) is None:
+            store.add_generation(*self.place, candidates, documents, self.keys)
+        store.rekey(*self.place, self.keys)  # first: another study may have computed the new keys
+        self.known = store.outcomes(*self.place)
+        self.uncomputed: list[Outcome] = []
+        self.in_a_row = 0
+        self.spared: set[str] = set()
+        pending = sum(outcome is None for row in self.known for outcome in row)
+        observer.generation_started(part, generation, len(candidates) * len(documents), pending)
+
+    def compute(self, chosen: Iterable[int], seen: int, spare: Sequence[Unit] = ()) -> None:
+        """Score the chosen candidates on the first ``seen`` documents."""
+        units: dict[str, Unit] = {}
+        places: dict[str, list[tuple[int, int]]] = {}
+        for i in chosen:
+            for j in range(seen):
+                if self.known[i][j] is None:
+                    key, candidate = self.keys[i][j], self.candidates[i]
+                    units.setdefault(key, Unit(key, candidate.factors, self.documents[j], self.gradient))
+                    places.setdefault(key, []).append((i, j))
+        if not units:
+            return
+        left = [unit for unit in spare if unit.key not in self.spared]
+        for outcome in self.scorer.evaluate(list(units.values()), left):
+            if outcome.key not in places:  # a spare one's, of this call or of an earlier one
+                self.spared.add(outcome.key)
+                if outcome.nll is not None:
+                    self.store.record(outcome)
+                continue
+            self.observer.evaluated(outcome)
+            for i, j in places[outcome.key]:
+                self.known[i][j] = outcome
+            if outcome.nll is not None:
+                self.store.record(outcome)
+                self.in_a_row = 0
+                continue
+            self.uncomputed.append(outcome)
+            self.in_a_row += 1
+            if self.in_a_row == max(UNCOMPUTED_IN_A_ROW, 2 * len(self.documents)):
+                raise _nothing_computed(self.in_a_row, outcome)
+
+    def losses(self, i: int, seen: int) -> tuple[float, ...]:
+        """Nats of candidate i on the first ``seen`` documents; infinity where it failed."""
+        return tuple(
+            outcome.nll if outcome is not None and outcome.nll is not None else math.inf
+            for outcome in self.known[i][:seen]
+        )
+
+    def finish(self, seen_by: Sequence[int]) -> list[Score]:
+        """Everyone's score on its first ``seen_by`` documents."""
+        if self.uncomputed and not any(o is not None and o.nll is not None for row in self.known for o in row):
+            raise _nothing_computed(len(self.uncomputed), self.uncomputed[-1])
+        # Only now: a failure that is recorded is final in this study, since later generations build on it.
+        for outcome in self.uncomputed:
+            self.store.record(outcome)
+        # Beyond the point where a candidate was left, the store may know a document by chance: it does not count.
+        return [total(row[:seen], len(row)) for row, seen in zip(self.known, seen_by, strict=True)]
+
+
 def _nothing_computed(count: int, last: Outcome) -> LongRopeError:
     return LongRopeError(
         f"{count} evaluations in a row could not be computed, the last because: {last.failure}; mend that, then go on "
@@ -287,102 +368,24 @@ def _nothing_computed(count: int, last: Outcome) -> LongRopeError:
     )
 
 
-def total(outcomes: Sequence[Outcome | None]) -> Score:
-    """A candidate's score, summed in document order: it does not depend on which worker was faster."""
-    nll, tokens = 0.0, 0
+def total(outcomes: Sequence[Outcome | None], documents: int | None = None) -> Score:
+    """A candidate's score, summed in document order: it does not depend on which worker was faster.
+
+    Parameters
+    ----------
+    documents: how many there are, where fewer outcomes than that come from a candidate that was raced out.
+    """
+    by_document: list[float] = []
+    tokens = 0
     for outcome in outcomes:
         if outcome is None:
             raise RuntimeError("the scorer returned without an outcome for every unit")
         if outcome.nll is None or not math.isfinite(outcome.nll):
-            return Score(math.inf, 0, outcome.failure or "the loss is not finite")
-        nll += outcome.nll
+            reason = outcome.failure or "the loss is not finite"
+            return Score(math.inf, 0, reason, tuple(by_document), len(outcomes))
+        by_document.append(outcome.nll)
         tokens += outcome.tokens
-    return Score(nll, tokens)
-
-
-def individual_of(candidate: Candidate) -> Individual:
-    """The grid point a stored candidate stands for: hundredths come back from float64 exactly."""
-    (lambdas,) = candidate.factors.by_layer()
-    return Individual(tuple(round(value * GRID) for value in lambdas), candidate.factors.n_hat)
-
-
-def run_search(
-    plan: SearchPlan,
-    documents: Mapping[str, Sequence[Document]],
-    scorer: Scorer,
-    store: Store,
-    observer: Observer | None = None,
-) -> SearchResult:
-    """Run, or go on with, one search stage to its end.
-
-    Parameters
-    ----------
-    documents: ``search``, ``selection`` and ``test``, disjoint; ``short`` besides, where its rows are wanted.
-    """
-    watcher = observer or Silent()
-    forwards = 0
-
-    def scored(part: str, generation: int, candidates: Sequence[Candidate]) -> list[Score]:
-        nonlocal forwards
-        forwards += len(candidates) * len(documents[part])
-        return score_generation(part, generation, candidates, documents[part], scorer, store, watcher, plan.stage)
-
-    seeds = {name: plan.space.snap(factors) for name, factors in plan.seeds.items()}
-    state = State()
-    history: list[float] = []
-    while True:
-        candidates = store.candidates(plan.stage, "search", state.generation)
-        if candidates is None:
-            children = ask(plan.evolution, plan.space, state, seeds, plan.seed, plan.stage)
-            candidates = [Candidate(c.individual.factors(plan.attention_factor), c.origin) for c in children]
-        if not candidates:
-            break
-        scores = scored("search", state.generation, candidates)
-        state = tell(state, {individual_of(c): score.loss for c, score in zip(candidates, scores, strict=True)})
-        history.append(state.ranked()[0][1])
-
-    snapped = {name: plan.space.snap(factors) for name, factors in plan.baselines.items()}
-    finalists = _finalists(plan, state, {**seeds, **snapped})
-    selection = scored("selection", 0, finalists)
-    order = sorted(range(len(finalists)), key=lambda i: (selection[i].loss, individual_of(finalists[i]).key))
-    winner = finalists[order[0]]
-    usable = (finalists[i] for i in order if math.isfinite(selection[i].loss))
-    without_n_hat = next((finalist for finalist in usable if finalist.factors.n_hat == 0), None)
-
-    rows = _report_rows(plan, winner, without_n_hat)
-    table: dict[str, dict[str, Score]] = {}
-    for part in ("selection", "test", SHORT):
-        if part in documents:
-            shown = {name: row for name, row in rows.items() if part != SHORT or AT_STUDY_ATTENTION not in name}
-            table[part] = dict(zip(shown, scored(part, 1, list(shown.values())), strict=True))
-    return SearchResult(winner, without_n_hat, table, forwards, tuple(history))
-
-
-def _finalists(plan: SearchPlan, state: State, seeds: Mapping[str, Individual]) -> list[Candidate]:
-    """The best, the best with n_hat = 0, the best ones' factors with n_hat = 0, and all seeds and baselines, each once.
-
-    The last are there so that the winner on the selection set is never worse than any of them on the grid.
-    """
-    ranked = [individual for individual, loss in state.ranked() if math.isfinite(loss)]
-    best = ranked[: plan.finalists]
-    chosen = dict.fromkeys(best, "finalist")
-    for individual in [i for i in ranked if i.n_hat == 0][: plan.finalists]:
-        chosen.setdefault(individual, "finalist n_hat=0")
-    if 0 in plan.space.n_hats:
-        for individual in best:
-            chosen.setdefault(Individual(individual.steps, 0), "finalist, n_hat set to 0")
-    for name, individual in seeds.items():
-        chosen.setdefault(individual, f"seed:{name}")
-    return [Candidate(i.factors(plan.attention_factor), origin) for i, origin in chosen.items()]
-
-
-def _report_rows(plan: SearchPlan, winner: Candidate, without_n_hat: Candidate | None) -> dict[str, Candidate]:
-    rows: dict[str, Candidate] = {}
-    for name, factors in plan.baselines.items():
-        rows[name] = Candidate(factors, f"baseline:{name}")
-        at_study = Factors(factors.lambdas, factors.n_hat, plan.attention_factor)
-        rows[name + AT_STUDY_ATTENTION] = Candidate(at_study, f"baseline:{name}{AT_STUDY_ATTENTION}")
-    rows["searched"] = Candidate(winner.factors, "searched")
-    if without_n_hat is not None:
-        rows[WITHOUT_N_HAT] = Candidate(without_n_hat.factors, WITHOUT_N_HAT)
-    return rows
+    seen = tuple(by_document)
+    if documents is not None and len(seen) < documents:
+        return Score(math.inf, 0, f"raced out after {len(seen)} of {documents} documents", seen, len(seen), True)
+    return Score(math.fsum(seen), tokens, by_document=seen, documents=len(seen))

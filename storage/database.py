@@ -68,8 +68,12 @@ def shown(url: URL) -> str:
     return url.set(query={}).render_as_string(hide_password=True)
 
 
-def connect(url: URL) -> Engine:
+def connect(url: URL, create: bool = True) -> Engine:
     """An engine whose database is reachable and has the newest schema.
+
+    Parameters
+    ----------
+    create: make the tables, and SQLite's file, where there are none; without it that is an error.
 
     Raises
     ------
@@ -77,6 +81,8 @@ def connect(url: URL) -> Engine:
         The database cannot be reached, read or written, is none, or was written by a newer version.
     """
     sqlite = url.get_backend_name() == "sqlite"
+    if sqlite and not create and "uri" not in url.query and not Path(str(url.database)).exists():
+        raise _no_store(url)
     try:
         arguments: dict[str, Any] = {"timeout": BUSY_SECONDS} if sqlite and "timeout" not in url.query else {}
         # Pre-ping: a connection that a restart of the server cut is replaced, not reported.
@@ -92,9 +98,9 @@ def connect(url: URL) -> Engine:
         _tune_sqlite(engine)
     try:
         try:
-            _migrate(engine, url)
+            _migrate(engine, url, create)
         except (IntegrityError, ProgrammingError):  # another process may have made the tables in between: look again
-            _migrate(engine, url)
+            _migrate(engine, url, create)
     except (DBAPIError, LongRopeError) as error:
         engine.dispose()
         if isinstance(error, LongRopeError):
@@ -129,13 +135,19 @@ def _tune_sqlite(engine: Engine) -> None:
             connection.rollback()
 
 
-def _migrate(engine: Engine, url: URL) -> None:
+def _no_store(url: URL) -> LongRopeError:
+    return LongRopeError(f"There is no store at {shown(url)}; `longrope launch` makes one.")
+
+
+def _migrate(engine: Engine, url: URL, create: bool) -> None:
     """Bring the schema to the newest revision, in one transaction."""
     with engine.execution_options(**{WRITES: True}).begin() as connection:
         config = Config(attributes={"connection": connection})
         config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
         script = ScriptDirectory.from_config(config)
         current = MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE}).get_current_revision()
+        if current is None and not create:
+            raise _no_store(url)
         if current is not None and current not in {known.revision for known in script.walk_revisions()}:
             raise LongRopeError(
                 f"The store {shown(url)} has schema {current}, and this version of longrope knows none newer than "

@@ -10,9 +10,10 @@ from __future__ import annotations
 import os
 import subprocess
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 from socket import gethostname
 from typing import Any, cast
@@ -107,6 +108,16 @@ def _pid_namespace() -> str:
     with suppress(OSError):
         return str((PROC / "self" / "ns" / "pid").readlink())
     return ""
+
+
+SEEN = (Study.lease_owner, Study.lease_heartbeat_at, database_now())  # what tells whether a live driver holds a study
+
+
+def is_held(owner: Mapping[str, Any] | None, heartbeat_at: datetime | None, clock: datetime, here: Owner) -> bool:
+    """Whether a live driver holds a study, by its row's columns SEEN; writes nothing."""
+    if owner is None or heartbeat_at is None:
+        return False
+    return not Owner(**owner).is_dead(here, (clock - heartbeat_at).total_seconds())
 
 
 def acquire(session: Session, study_id: int, name: str, here: Owner) -> str:

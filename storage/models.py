@@ -128,17 +128,21 @@ class UnitRow(Base):
 
 
 class Evaluation(Base):
-    """The value of a key, for every study that ever asks for it."""
+    """The value of a key, for every study that ever asks for it.
+
+    It failed where it has a reason: the loss is not finite, or the gradient that was asked for is not.
+    """
 
     __tablename__ = "longrope_evaluations"
 
     key: Mapped[str] = mapped_column(String(64), primary_key=True)
     nll: Mapped[float | None] = mapped_column(Double)  # nats; NULL where it is not finite
-    reason: Mapped[str | None] = mapped_column(FreeText)  # why it is not finite
+    reason: Mapped[str | None] = mapped_column(FreeText)  # why the loss or the gradient is not finite
     tokens: Mapped[int]
     seconds: Mapped[float] = mapped_column(Double)
     worker: Mapped[str] = mapped_column(FreeText)
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    gradient: Mapped[list[float] | None] = mapped_column(Json)  # NULL where none was asked for, or it is not finite
 
 
 def now() -> datetime:

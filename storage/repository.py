@@ -4,26 +4,35 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
-from itertools import groupby
 from typing import Any
 
-from sqlalchemy import case, delete, exists, func, select
+from sqlalchemy import delete, exists, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from searcher.errors import LongRopeError
-from searcher.rope import Factors
-from searcher.study import Outcome
-from storage import lease
+from storage import cost, lease, progress
+from storage.cost import Cost, TrajectoryPoint
 from storage.database import WRITES, connect, explained, parse
 from storage.models import JSON, CandidateRow, Evaluation, Study, UnitRow, now
-from storage.study_store import StudyStore, factors_of, outcome_of, units
+from storage.progress import ScoredCandidate, StudySummary
+from storage.study_store import StudyStore
 
-__all__ = ["Repository", "ScoredCandidate", "StudyRecord", "StudyStore", "StudySummary"]
+RUNNING, STOPPED, FINISHED = "running", "stopped", "finished"  # the store itself knows no "stopped"
+
+__all__ = [
+    "Cost",
+    "Repository",
+    "ScoredCandidate",
+    "StudyRecord",
+    "StudyStore",
+    "StudySummary",
+    "TrajectoryPoint",
+]
 
 
 @dataclass(frozen=True)
@@ -35,7 +44,7 @@ class StudyRecord:
     kind: what sort of study, as its creator called it.
     settings: what it was started with.
     profile: the numerics profile; None until it is fixed.
-    status: ``running`` (perhaps interrupted) or ``finished``.
+    status: ``running``, ``stopped`` (no live driver holds it) or ``finished``.
     result: what it found; None until it is finished.
     created_at, updated_at: aware, in UTC.
     """
@@ -50,67 +59,25 @@ class StudyRecord:
     updated_at: datetime
 
 
-@dataclass(frozen=True)
-class StudySummary:
-    """A study in figures.
-
-    Attributes
-    ----------
-    candidates, units: how many were written.
-    done: units with an outcome, whether of this study or of another that computed the same key.
-    failed: those of them without a finite loss.
-    """
-
-    name: str
-    kind: str
-    status: str
-    candidates: int
-    units: int
-    done: int
-    failed: int
-    created_at: datetime
-    updated_at: datetime
-
-
-@dataclass(frozen=True)
-class ScoredCandidate:
-    """One candidate of a generation, with its score.
-
-    Attributes
-    ----------
-    child: place in the generation, in ask order.
-    nll, tokens: totals over all documents, in nats; None and 0 where it failed or is not finished.
-    failure: why there is no finite loss; None where there is one, or none yet.
-    """
-
-    stage: int
-    part: str
-    generation: int
-    child: int
-    origin: str
-    factors: Factors
-    nll: float | None
-    tokens: int
-    failure: str | None
-
-
 class Repository:
     """All studies of one database.
 
     Parameters
     ----------
     url: an SQLAlchemy URL. A SQLite file is made where there is none, its folder is not.
+    create: make the store where there is none; without it that is an error, and nothing is made.
 
     Raises
     ------
     LongRopeError
-        By the constructor: the database cannot be reached or written, is none, or was written by a newer version.
+        By the constructor: the database cannot be reached or written, is none, was written by a newer version, or is
+        not there and not to be made.
         By every method: the database failed. Passwords are never in the message.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, create: bool = True) -> None:
         self._url = parse(url)
-        self._engine = connect(self._url)
+        self._engine = connect(self._url, create)
 
     def close(self) -> None:
         """Close the connections."""
@@ -138,7 +105,7 @@ class Repository:
         """
         moment = now()
         study = Study(
-            name=name, kind=kind, settings=dict(settings), status="running", created_at=moment, updated_at=moment
+            name=name, kind=kind, settings=dict(settings), status=RUNNING, created_at=moment, updated_at=moment
         )
         try:
             with self._writing("try again") as session:
@@ -159,55 +126,62 @@ class Repository:
         """
         with self._reading() as session:
             row = _find(session, name)
+            owner, heartbeat_at, clock = session.execute(select(*lease.SEEN).where(Study.id == row.id)).one()
+            status = row.status
+            if status == RUNNING and not lease.is_held(owner, heartbeat_at, clock, lease.Owner.of(os.getpid())):
+                status = STOPPED
             return StudyRecord(
-                row.name, row.kind, row.settings, row.profile, row.status, row.result, row.created_at, row.updated_at
+                row.name, row.kind, row.settings, row.profile, status, row.result, row.created_at, row.updated_at
             )
 
     def studies(self) -> list[StudySummary]:
         """All studies, the oldest first."""
-        loss_missing = UnitRow.failure.is_not(None) | (Evaluation.key.is_not(None) & Evaluation.nll.is_(None))
-        counts = (
-            select(
-                CandidateRow.study_id,
-                func.count(CandidateRow.id.distinct()),
-                func.count(UnitRow.key),
-                func.count(func.coalesce(UnitRow.failure, Evaluation.key)),
-                func.count(case((loss_missing, 1))),
-            )
-            .outerjoin(UnitRow, UnitRow.candidate_id == CandidateRow.id)
-            .outerjoin(Evaluation, Evaluation.key == UnitRow.key)
-            .group_by(CandidateRow.study_id)
-        )
-        rows = select(Study.id, Study.name, Study.kind, Study.status, Study.created_at, Study.updated_at)
+        columns = (Study.id, Study.name, Study.kind, Study.status, Study.created_at, Study.updated_at)
+        here = lease.Owner.of(os.getpid())
+        by_study: dict[int, list[Any]] = {}
+        summaries = []
         with self._reading() as session:
-            by_study = {study_id: (c, u, done, failed) for study_id, c, u, done, failed in session.execute(counts)}
-            nothing = (0, 0, 0, 0)
-            return [
-                StudySummary(name, kind, status, *by_study.get(study_id, nothing), created, updated)
-                for study_id, name, kind, status, created, updated in session.execute(rows.order_by(Study.id))
-            ]
+            for counted in session.execute(progress.counts()):
+                by_study.setdefault(counted[0], []).append(counted)
+            for row in session.execute(select(*columns, *lease.SEEN).order_by(Study.id)):
+                study_id, name, kind, status, created, updated, owner, heartbeat_at, clock = row
+                figures = progress.figures(by_study.get(study_id, []), status == FINISHED)
+                if status == RUNNING and not lease.is_held(owner, heartbeat_at, clock, here):
+                    status = STOPPED
+                summaries.append(StudySummary(name, kind, status, *figures, created, updated))
+        return summaries
 
     def generations(self, name: str) -> list[ScoredCandidate]:
-        """Every candidate of a study with its score, by stage, part, generation and child.
+        """Every candidate of a study with its score, stage by stage, in the order in which they were asked for.
 
         Raises
         ------
         LongRopeError
             There is no study of this name.
         """
-        order = (CandidateRow.stage, CandidateRow.part, CandidateRow.generation, CandidateRow.child)
         with self._reading() as session:
-            study_id = _find(session, name).id
-            mine = CandidateRow.study_id == study_id
-            query = units(CandidateRow.id).where(mine).order_by(CandidateRow.id, UnitRow.position)
-            by_candidate = groupby(session.execute(query), lambda row: row[0])
-            totals = {key: _total([outcome_of(*row) for _, *row in rows]) for key, rows in by_candidate}
-            return [
-                ScoredCandidate(
-                    row.stage, row.part, row.generation, row.child, row.origin, factors_of(row), *totals[row.id]
-                )
-                for row in session.scalars(select(CandidateRow).where(mine).order_by(*order))
-            ]
+            return progress.scored_candidates(session, _find(session, name))
+
+    def cost(self, name: str) -> Cost:
+        """What a study is made of so far, in document forwards and gradient steps.
+
+        Raises
+        ------
+        LongRopeError
+            There is no study of this name.
+        """
+        with self._reading() as session:
+            return cost.cost(session, _find(session, name))
+
+    def trajectory(self, name: str) -> list[TrajectoryPoint]:
+        """Cost against quality: after every candidate what the study had cost, and its best individual so far.
+
+        Raises
+        ------
+        LongRopeError
+            There is no study of this name.
+        """
+        return cost.trajectory(self.generations(name))
 
     def delete_study(self, name: str) -> None:
         """Remove a study, and the evaluations that no other study refers to.
@@ -268,15 +242,3 @@ def _find(session: Session, name: str) -> Study:
     near = difflib.get_close_matches(name, names, n=5, cutoff=0.4) or names[:5]
     known = f"those nearest by are {', '.join(map(repr, near))}" if near else "the store holds none yet"
     raise LongRopeError(f"There is no study {name!r}; {known}. `longrope studies` lists all.")
-
-
-def _total(outcomes: Sequence[Outcome | None]) -> tuple[float | None, int, str | None]:
-    """nll, tokens and failure, summed in document order as the driver sums them."""
-    failure = next((o.failure for o in outcomes if o is not None and o.failure is not None), None)
-    nll, tokens = 0.0, 0
-    for outcome in outcomes:
-        if failure is not None or outcome is None or outcome.nll is None:
-            return None, 0, failure
-        nll += outcome.nll  # not sum(), which compensates its rounding in newer Pythons
-        tokens += outcome.tokens
-    return nll, tokens, None

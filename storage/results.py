@@ -10,14 +10,19 @@ from typing import Any
 from searcher.errors import LongRopeError
 from searcher.plan import SearchSettings
 from searcher.rope import Factors
-from searcher.study import AT_STUDY_ATTENTION, SHORT, WITHOUT_N_HAT, Score, SearchPlan, SearchResult
+from searcher.search import SearchPlan, SearchResult
+from searcher.study import AT_STUDY_ATTENTION, SHORT, WITHOUT_N_HAT, Score
 from storage.factor_file import FactorFile, ModelIdentity, Regime, RegimeScore, WithoutNHat
 
 Result = dict[str, Any]
 
 
 def result_json(
-    plan: SearchPlan, result: SearchResult, windows: Mapping[str, tuple[int, int]], computed_by: Mapping[str, object]
+    plan: SearchPlan,
+    result: SearchResult,
+    windows: Mapping[str, tuple[int, int]],
+    computed_by: Mapping[str, object],
+    multiple: float | None = None,
 ) -> Result:
     """A search's result as plain values.
 
@@ -25,6 +30,7 @@ def result_json(
     ----------
     windows: part -> (number of windows, tokens of each).
     computed_by: software versions and kernels.
+    multiple: what a gradient step cost in document forwards, as measured; see ``storage.cost.Cost``.
     """
     rows = dict(plan.baselines)
     rows["searched"] = result.winner.factors
@@ -48,6 +54,13 @@ def result_json(
         "scale": windows["search"][1] / windows[SHORT][1],
         "attention_factor": plan.attention_factor,
         "forwards": result.forwards,
+        "gradients": result.gradients,
+        "multiple": multiple,
+        "dropped": result.dropped,
+        "pareto": [
+            {"factors": asdict(candidate.factors), "long": long, "short": short}
+            for candidate, long, short in result.pareto
+        ],
         "computed_by": dict(computed_by),
         "history": list(result.history),
     }
@@ -85,7 +98,19 @@ def factors_of(result: Result, method: str) -> Factors:
     if method not in result["factors"]:
         known = ", ".join(result["factors"])
         raise LongRopeError(f"The study has no factors for {method!r}; it has {known}.")
-    row = result["factors"][method]
+    return _factors(result["factors"][method])
+
+
+def pareto_front(result: Result) -> list[tuple[float, float, Factors]]:
+    """Loss at the target length, loss on short documents, factors: the best at the target length first.
+
+    Empty where the search had one objective, as all had that were finished before there were two.
+    """
+    front = [(row["long"], row["short"], _factors(row["factors"])) for row in result.get("pareto", [])]
+    return sorted(front, key=lambda row: row[:2])
+
+
+def _factors(row: Mapping[str, Any]) -> Factors:
     return Factors(tuple(row["lambdas"]), int(row["n_hat"]), float(row["attention_factor"]))
 
 
@@ -107,8 +132,9 @@ def factor_file(
     alternative = None
     if method == "searched" and factors.n_hat > 0 and WITHOUT_N_HAT in result["factors"]:
         alternative = WithoutNHat(factors_of(result, WITHOUT_N_HAT), _regime_scores(result, WITHOUT_N_HAT))
-    # A baseline keeps the attention factor of its own method, which is a number here, not the study's policy.
-    policy = settings.attention if method == "searched" else repr(factors.attention_factor)
+    # The attention factor of a baseline's own method, and one that was learnt, are numbers here, not the study's policy.
+    is_study = method == "searched" and factors.attention_factor == result["attention_factor"]
+    policy = settings.attention if is_study else repr(factors.attention_factor)
     regime = Regime(
         min_length=model.original_length + 1,
         max_length=settings.target_length,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import groupby
 from typing import Any, TypeAlias
@@ -21,7 +21,9 @@ from storage.models import JSON, CandidateRow, Evaluation, Study, UnitRow, now
 Transactions: TypeAlias = "Callable[[], AbstractContextManager[Session]]"
 
 NOT_FINITE = "the loss is not finite"
+GRADIENT_NOT_FINITE = "the gradient is not finite"
 NOT_COMPUTED = "it could not be computed"
+KEYS_A_QUERY = 500  # databases limit the parameters of a statement
 
 
 class StudyStore:
@@ -101,13 +103,8 @@ class StudyStore:
             }
             for child, candidate in enumerate(candidates)
         ]
-        failures = (
-            select(UnitRow.key, UnitRow.failure)
-            .join(CandidateRow, CandidateRow.id == UnitRow.candidate_id)
-            .where(CandidateRow.study_id == self._study_id, UnitRow.failure.is_not(None))
-        )
         with self._writing() as session:
-            failed = {row.key: row.failure for row in session.execute(failures)}
+            failed = self._failures(session, {key for row in keys for key in row})
             written = session.execute(insert(CandidateRow).returning(CandidateRow.child, CandidateRow.id), rows)
             in_ask_order = sorted((row.child, row.id) for row in written)  # a RETURNING comes in any order
             rows_of_units = [
@@ -132,6 +129,14 @@ class StudyStore:
             rows = session.execute(query.order_by(CandidateRow.child, UnitRow.position))
             return [[outcome_of(*row) for _, *row in group] for _, group in groupby(rows, lambda row: row[0])]
 
+    def known(self, keys: Sequence[str]) -> set[str]:
+        """Those of the keys that have a value already, from any study, or that this one failed to compute for good."""
+        with self._reading() as session:
+            found = set(self._failures(session, keys))
+            for chunk in _chunks(keys):
+                found.update(session.scalars(select(Evaluation.key).where(Evaluation.key.in_(chunk))))
+            return found
+
     def rekey(self, stage: int, part: str, generation: int, keys: Sequence[Sequence[str]]) -> None:
         """Give units without an outcome new keys, after a change of the numerics profile that the user accepted."""
         query = units(CandidateRow.child, UnitRow.candidate_id, UnitRow.position).where(
@@ -148,15 +153,23 @@ class StudyStore:
                 session.execute(update(UnitRow), changed)
 
     def record(self, outcome: Outcome) -> None:
-        """Keep what a worker returned: a value for every study, what has none for this one. The first value stays."""
+        """Keep what a worker returned: a value for every study, what has none for this one. The first value stays.
+
+        A gradient with a value that is not finite is kept as none, with a reason beside the loss: the outcome reads
+        back as ``gradient`` None and ``failure`` set, with its ``nll`` where that is finite.
+        """
         if outcome.nll is None:
             self._record_failure(outcome.key, outcome.failure or NOT_COMPUTED)
             return
         finite = math.isfinite(outcome.nll)
+        gradient = None if outcome.gradient is None else [float(value) for value in outcome.gradient]
+        usable = gradient is None or all(map(math.isfinite, gradient))
+        reason = (None if usable else GRADIENT_NOT_FINITE) if finite else NOT_FINITE
         values = {
             "key": outcome.key,
             "nll": outcome.nll if finite else None,
-            "reason": None if finite else outcome.failure or NOT_FINITE,
+            "reason": outcome.failure or reason,
+            "gradient": gradient if finite and usable else None,
             "tokens": outcome.tokens,
             "seconds": outcome.seconds,
             "worker": outcome.worker,
@@ -181,6 +194,17 @@ class StudyStore:
                 .execution_options(synchronize_session=False)
             )
 
+    def _failures(self, session: Session, keys: Collection[str]) -> dict[str, str]:
+        """Those of the keys that this study failed to compute, with why."""
+        query = select(UnitRow.key, UnitRow.failure).join(CandidateRow, CandidateRow.id == UnitRow.candidate_id)
+        mine = query.where(CandidateRow.study_id == self._study_id, UnitRow.failure.is_not(None))
+        return {
+            key: failure
+            for chunk in _chunks(keys)
+            for key, failure in session.execute(mine.where(UnitRow.key.in_(chunk)))
+            if failure is not None
+        }
+
     def _generation(self, stage: int, part: str, generation: int) -> tuple[Any, ...]:
         return (
             CandidateRow.study_id == self._study_id,
@@ -190,11 +214,16 @@ class StudyStore:
         )
 
 
+def _chunks(keys: Collection[str]) -> Iterator[list[str]]:
+    every = list(keys)
+    return (every[start : start + KEYS_A_QUERY] for start in range(0, len(every), KEYS_A_QUERY))
+
+
 def units(*columns: Any) -> Select[Any]:
     """Units with what is known of them: the given columns, then the parameters of outcome_of."""
     value = (Evaluation.nll, Evaluation.reason, Evaluation.tokens, Evaluation.seconds, Evaluation.worker)
     return (
-        select(*columns, UnitRow.key, UnitRow.failure, Evaluation.key, *value)
+        select(*columns, UnitRow.key, UnitRow.failure, Evaluation.key, *value, Evaluation.gradient)
         .select_from(CandidateRow)
         .join(UnitRow, UnitRow.candidate_id == CandidateRow.id)
         .outerjoin(Evaluation, Evaluation.key == UnitRow.key)
@@ -215,6 +244,7 @@ def outcome_of(
     tokens: int,
     seconds: float,
     worker: str,
+    gradient: Sequence[float] | None,
 ) -> Outcome | None:
     """What is known of a unit, from a row of units(); None: nothing yet.
 
@@ -224,7 +254,8 @@ def outcome_of(
         return Outcome(key, None, 0, failure=failure)
     if evaluated is None:
         return None
-    return Outcome(key, math.nan if nll is None else nll, tokens, seconds, worker, reason)
+    slopes = None if gradient is None else tuple(gradient)
+    return Outcome(key, math.nan if nll is None else nll, tokens, seconds, worker, reason, slopes)
 
 
 def factors_of(row: CandidateRow) -> Factors:

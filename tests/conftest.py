@@ -22,10 +22,11 @@ Longrope = Callable[..., "Ended"]
 DOCUMENTS = 9
 DOCUMENT_TOKENS = 700  # two windows of four times the tiny model's own
 
-# A whole search of the tiny model in half a second, at four times its window.
+# A whole search of the tiny model in a second, at four times its window: refined before and after evolution, raced.
 SMALL_SEARCH = """
-    --in-process --target=4x --preset=quick --population=12 --parents=4 --mutants=3 --crosses=2 --generations=2
-    --finalists=2 --search-documents=2 --selection-documents=1 --test-documents=2 --windows=search=1,selection=2,test=2
+    --in-process --target=4x --preset=refined --population=12 --parents=4 --mutants=3 --crosses=2 --generations=2
+    --refine-steps=3 --refine-final-legs=1 --racing --racing-caution=0.5 --finalists=2 --n-hats=0,2,8,16
+    --search-documents=2 --selection-documents=1 --test-documents=2 --windows=search=1,selection=2,test=2
 """
 
 
@@ -63,7 +64,7 @@ def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def small_study(tiny_llama_folder: Path, text_folder: Path) -> list[str]:
-    """What follows ``launch`` for a whole study in half a second."""
+    """What follows ``launch`` for a whole study in a second."""
     return [f"--model={tiny_llama_folder}", f"--data={text_folder}", *SMALL_SEARCH.split()]
 
 

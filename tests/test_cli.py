@@ -33,7 +33,7 @@ SEARCHED = {"searched", WITHOUT_N_HAT}
 
 def computed(printed: str) -> int:
     """How many evaluations a launch or a resume says it computed."""
-    (number,) = re.findall(r"^(\d+) evaluations computed in \d+ s, \d+ found in the store$", printed, re.MULTILINE)
+    (number,) = re.findall(r"^(\d+) evaluations computed in \d+ s, \d+ found in the store\b", printed, re.MULTILINE)
     return int(number)
 
 
@@ -44,6 +44,11 @@ def candidates(folder: Path, study: str) -> list[ScoredCandidate]:
         return repository.generations(study)
     finally:
         repository.close()
+
+
+def is_searched(row: ScoredCandidate) -> bool:
+    """Whether a candidate is part of the search, and not a row of the report."""
+    return row.part in ("search", "refine", "refined") or (row.part, row.generation) == ("selection", 0)
 
 
 class Shared:
@@ -95,19 +100,30 @@ class TestLaunch:
                 assert all(math.isfinite(value) and value > 1 for value in table.values())
         assert answer["short"].keys() == BASELINES | SEARCHED
         assert answer.keys() == {
-            *("study", "factors", "target", "scale", "attention_factor", "cost", "seconds", "short"),
+            *("study", "factors", "target", "scale", "attention_factor", "cost", "gradients", "seconds", "short"),
             *("selection", "test", "selection_at_study_attention", "test_at_study_attention"),
         }
 
-    def test_cost_counts_every_document_forward(self, shared: Shared) -> None:
-        windows = {"search": 2, "selection": 2, "test": 4, "short": 4}
-        assert shared.answer["cost"] == sum(windows[row.part] for row in candidates(shared.folder, "shared"))
+    def test_cost_counts_what_the_search_is_made_of_and_no_report_row(self, shared: Shared) -> None:
+        windows = {"search": 2, "refined": 2, "selection": 2}
+        searched = [row for row in candidates(shared.folder, "shared") if is_searched(row) and row.part != "refine"]
+        dropped = [row for row in searched if row.dropped]
+        # Each was left after the first of two documents.
+        assert shared.answer["cost"] == sum(windows[row.part] for row in searched) - len(dropped)
+        assert dropped
+
+    def test_gradients_counts_every_step_of_every_refinement(self, shared: Shared) -> None:
+        steps = [row for row in candidates(shared.folder, "shared") if row.part == "refine"]
+        assert shared.answer["gradients"] == len(steps) == sum(row.gradients for row in steps) > 3
+        assert {row.generation for row in steps} == set(range(len(steps)))
+        legs = [row for row in candidates(shared.folder, "shared") if row.part == "refined"]
+        assert len(steps) == 3 * len(legs)
 
     def test_perplexities_are_those_of_the_store(self, shared: Shared) -> None:
         stored = {
             (row.part, row.origin.removeprefix("baseline:")): math.exp((row.nll or math.nan) / row.tokens)
             for row in candidates(shared.folder, "shared")
-            if row.generation == 1 and row.part != "search"
+            if not is_searched(row)
         }
         for part in ("selection", "test", "short"):
             for method, value in shared.answer[part].items():
@@ -119,12 +135,13 @@ class TestLaunch:
             }
 
     def test_the_winner_is_the_best_finalist_on_the_selection_documents(self, shared: Shared) -> None:
-        finalists = [
-            row for row in candidates(shared.folder, "shared") if (row.part, row.generation) == ("selection", 0)
-        ]
+        rows = candidates(shared.folder, "shared")
+        finalists = [row for row in rows if (row.part, row.generation) == ("selection", 0)]
         best = min(math.exp((row.nll or math.nan) / row.tokens) for row in finalists)
         assert shared.answer["selection"]["searched"] == best
-        assert {row.origin for row in finalists if row.origin.startswith("seed:")}
+        seeds = [row for row in rows if row.part == "search" and row.origin.startswith("seed:")]
+        best_seed = min(seeds, key=lambda row: row.nll or math.inf)
+        assert best_seed.factors in [row.factors for row in finalists]
 
     def test_factors_are_written_where_the_answer_says(self, shared: Shared) -> None:
         assert shared.answer["factors"] == "shared-factors.json"
@@ -135,6 +152,7 @@ class TestLaunch:
 
     def test_progress_is_not_in_the_answer(self, shared: Shared) -> None:
         assert "generation 2/2" in shared.err
+        assert "refinement step 0: " in shared.err
         assert "test: 4 windows of 2 documents, 1020 tokens scored" in shared.err
 
     def test_a_seed_gives_equal_bytes(
@@ -203,7 +221,7 @@ class TestLaunch:
             assert (tmp_path / f"{name}-factors.json").is_file()
 
     def test_without_n_hat(self, longrope: Longrope, shared: Shared, small_study: list[str], tmp_path: Path) -> None:
-        ended = longrope("launch", "--study=plain", "--n-hats=0", *small_study, f"--storage=sqlite:///{STORE}")
+        ended = longrope("launch", "--study=plain", *small_study, "--n-hats=0", f"--storage=sqlite:///{STORE}")
         assert ended.status == 0
         assert {row.factors.n_hat for row in candidates(tmp_path, "plain")} == {0}
         (regime,) = read(tmp_path / "plain-factors.json").regimes
@@ -380,14 +398,31 @@ class TestStudies:
         rows = candidates(shared.folder, "shared")
         assert study["status"] == "finished"
         assert study["candidates"] == len(rows)
-        assert study["units"] == study["done"] == shared.answer["cost"]
+        dropped = sum(row.dropped for row in rows)
+        assert study["done"] == sum(row.scored for row in rows)
+        assert study["units"] == study["done"] + dropped  # each left one of two documents out
+        assert (study["dropped"], study["skipped"]) == (dropped, dropped)
         (line,) = (line for line in longrope("studies", shared.store).out.splitlines() if "│ shared " in line)
         cells = [cell.strip() for cell in line.strip("│").split("│")]
-        assert cells[:6] == ["shared", "search", "finished", str(len(rows)), f"{study['done']}/{study['units']}", "0"]
+        done = f"{study['done']}/{study['done']}"
+        assert cells[:7] == ["shared", "search", "finished", str(len(rows)), done, "0", str(dropped)]
 
-    def test_none(self, longrope: Longrope) -> None:
-        ended = longrope("studies")
-        assert (ended.status, ended.out) == (0, "No studies in this store yet; `longrope launch` starts one.\n")
+    def test_none(self, longrope: Longrope, tmp_path: Path) -> None:
+        for command in ("studies", "studies show x", "studies delete x --yes", "resume x", "export x"):
+            ended = longrope(*command.split())
+            there_is_none = f"Error: There is no store at sqlite:///{STORE}; `longrope launch` makes one.\n"
+            assert (ended.status, ended.out, ended.err) == (1, "", there_is_none)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_one_that_nobody_goes_on_with_is_stopped(
+        self, longrope: Longrope, small_study: list[str], stop_after: Any
+    ) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            stop_after(patch, 5)
+            assert longrope("launch", "--study=halted", *small_study).status == 130
+        (study,) = json.loads(longrope("studies", "--json").out)
+        assert (study["status"], study["done"]) == ("stopped", 5)
+        assert longrope("studies", "show", "halted").out.startswith("halted: stopped, ")
 
     def test_show(self, longrope: Longrope, shared: Shared) -> None:
         shown = json.loads(longrope("studies", "show", "shared", shared.store, "--json").out)
@@ -398,10 +433,18 @@ class TestStudies:
         assert shown["result"]["forwards"] == shared.answer["cost"]
         assert shown["candidates"] == len(candidates(shared.folder, "shared"))
         assert shown["failures"] == []
+        assert (shown["cost"]["forwards"], shown["cost"]["gradients"]) == (
+            shared.answer["cost"],
+            shared.answer["gradients"],
+        )
+        assert shown["cost"]["report"] == sum(row.scored for row in candidates(shared.folder, "shared")) - (
+            shared.answer["cost"] + shared.answer["gradients"]
+        )
         table = longrope("studies", "show", "shared", shared.store).out
         for part in ("selection", "test", "short"):
             assert f"Perplexity on the {part} documents" in table
             assert f"{shared.answer[part]['searched']:.4f}" in table
+        assert f"{shared.answer['gradients']} gradient steps" in " ".join(table.split())
 
     def test_show_claims_nothing_that_was_not_scored(self, longrope: Longrope, shared: Shared) -> None:
         """On short text, baselines are scored under their own attention factor alone."""
@@ -556,7 +599,7 @@ class TestHelp:
         code = (
             "import sys, cli\n"
             "try:\n    cli.main()\nexcept SystemExit as end:\n    status = end.code\n"
-            "heavy = {'torch', 'transformers', 'ray', 'sqlalchemy', 'alembic', 'numpy'} & set(sys.modules)\n"
+            "heavy = {'torch', 'transformers', 'ray', 'sqlalchemy', 'alembic', 'numpy', 'optuna'} & set(sys.modules)\n"
             "print(status, sorted(heavy), file=sys.stderr)\n"
         )
         run = [sys.executable, "-c", code, *arguments]

@@ -48,13 +48,17 @@ class RescaledRotary(nn.Module):
         self.original = theta**-exponents
         self.rescaled = self.original / factors
         self.n_hat = n_hat
-        self.attention_factor = attention_factor
+        self.attention_factor: float | Tensor = attention_factor
         self.layout = layout
         self.cast = cast
 
     @torch.no_grad()
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin, each (batch, positions, width), on the device of ``x``; width is d, or d / 2 for ``single``."""
+        return self.rotation(x, position_ids)
+
+    def rotation(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """As ``forward``, with the gradient of whatever in it asks for one."""
         dtype = x.dtype if self.cast else torch.float32
         parts = [self._rows(part, dtype) for part in torch.split(position_ids, _POSITIONS_AT_ONCE, dim=-1)]
         cos, sin = (torch.cat(rows, dim=-2).to(x.device) for rows in zip(*parts, strict=True))
@@ -66,7 +70,7 @@ class RescaledRotary(nn.Module):
         place = position_ids.to(torch.float64)[..., None]
         start = place < self.n_hat
         angles = place * torch.where(start, self.original.to(place.device), self.rescaled.to(place.device))
-        factor = torch.full_like(place, self.attention_factor).masked_fill_(start, 1.0)
+        factor = torch.where(start, torch.ones_like(place), self.attention_factor)
         cos, sin = (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
         return _lay_out(cos, self.layout), _lay_out(sin, self.layout)
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import glob
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
 from searcher.errors import LongRopeError
-from searcher.study import PARTS, SHORT
+from searcher.study import PARTS, REFINE, SEARCH_SHORT, SHORT
 from workers.dataset import (
     DEFAULT_QUOTAS,
     DocumentSets,
@@ -21,7 +22,10 @@ from workers.dataset import (
     draw_sets,
     named_sets,
     tokenise,
+    window_at,
+    window_starts,
 )
+from workers.needles import plant
 from workers.reference import held_out_documents
 from workers.sources import HUB_NAME, read_texts
 
@@ -29,6 +33,7 @@ from workers.sources import HUB_NAME, read_texts
 REFERENCE_QUOTAS: Mapping[str, Quota] = {"search": Quota(6, 1), "selection": Quota(None, 1), "test": Quota(None, 2)}
 
 LEAST_TEST_WINDOWS = 16  # where the data allow
+REFINE_WINDOWS = 0  # further windows of each search document; more did not refine better (benchmarks/NOTES.md)
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,9 @@ class CorpusRequest:
     selection, test: sources of those sets, where the user names them; both or neither.
     text_column: of JSONL and parquet.
     documents, windows: by part, how many documents and how many windows of each; missing parts take the defaults.
-    seed: of the deal.
+        ``windows["refine"]``: further windows of each search document, for gradient refinement.
+    seed: of the deal, and of the needles.
+    needles: planted in each window of the search, refine and selection sets, and alone scored there; 0 for plain text.
     """
 
     sources: tuple[str, ...] = ()
@@ -52,6 +59,17 @@ class CorpusRequest:
     documents: Mapping[str, int] = field(default_factory=dict)
     windows: Mapping[str, int] = field(default_factory=dict)
     seed: int = 0
+    needles: int = 0
+
+    def __post_init__(self) -> None:
+        for name, number in (("needles", self.needles), ("further windows to refine on", self.further)):
+            if number < 0:
+                raise LongRopeError(f"The number of {name} cannot be negative, not {number}.")
+
+    @property
+    def further(self) -> int:
+        """Windows of each search document to refine on, at most."""
+        return self.windows.get(REFINE, REFINE_WINDOWS)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; ``from_json`` gives an equal object back. Paths become absolute, so resume works anywhere."""
@@ -62,8 +80,8 @@ class CorpusRequest:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> CorpusRequest:
-        """The inverse of ``to_json``."""
-        values = {f.name: data[f.name] for f in fields(cls)}
+        """The inverse of ``to_json``, also of what was stored before there were needles."""
+        values = {f.name: data[f.name] for f in fields(cls) if f.name in data or f.name != "needles"}
         for name in ("sources", "selection", "test"):
             values[name] = tuple(values[name])
         return cls(**values)
@@ -109,6 +127,11 @@ def load_corpus(request: CorpusRequest, tokenizer: Any, length: int) -> Document
     LongRopeError
         Sources are missing or empty, or too few documents hold ``length`` tokens.
     """
+    return _deal(request, tokenizer, length)[0]
+
+
+def _deal(request: CorpusRequest, tokenizer: Any, length: int) -> tuple[DocumentSets, Sequence[TokenisedDocument]]:
+    """The sets, and the documents that those of the search set are among."""
     if bool(request.selection) != bool(request.test):
         raise LongRopeError(
             "Name both --selection-data and --test-data, or neither: all sets are then drawn from --data."
@@ -123,25 +146,71 @@ def load_corpus(request: CorpusRequest, tokenizer: Any, length: int) -> Document
     bos = tokenizer.bos_token_id
     if not request.sources:
         by_part = {part: tokens(tuple(str(path) for path in paths)) for part, paths in held_out_documents().items()}
-        return named_sets(by_part, length, request.quotas(), bos)
+        return named_sets(by_part, length, request.quotas(), bos), by_part["search"]
     if request.selection:
         named = zip(PARTS, (request.sources, request.selection, request.test), strict=True)
         by_part = {part: tokens(sources) for part, sources in named}
-        return named_sets(by_part, length, request.named_quotas(by_part, length, bos), bos)
-    return draw_sets(tokens(request.sources), length, request.quotas(), request.seed, bos)
+        return named_sets(by_part, length, request.named_quotas(by_part, length, bos), bos), by_part["search"]
+    documents = tokens(request.sources)
+    return draw_sets(documents, length, request.quotas(), request.seed, bos), documents
 
 
 def study_windows(request: CorpusRequest, tokenizer: Any, length: int, original_length: int) -> DocumentSets:
-    """The sets of a search, and ``short``: the start of every test window as a window of the original length."""
-    sets = load_corpus(request, tokenizer, length)
+    """The sets of a search with two more, and needles planted where they are asked for.
+
+    ``short`` is the start of every test window as a window of the original length. ``refine`` are further windows of
+    the search documents, at most as many of each as asked for, disjoint from the search windows; the first of every
+    document, then the second of each, and so on. A document without any comes last, with its search windows.
+
+    Raises
+    ------
+    LongRopeError
+        As ``load_corpus``; or a window does not hold the needles.
+    """
+    sets, documents = _deal(request, tokenizer, length)
     bos = tokenizer.bos_token_id
-    skip = 0 if bos is None else 1
-    short: list[Window] = []
-    for window in sets.windows["test"]:
-        tokens = window.tokens[skip : skip + original_length]
-        start = TokenisedDocument(f"{window.document.name}/start", window.source, tokens)
-        short.extend(cut(start, original_length, 1, bos))
-    return replace(sets, windows={**sets.windows, SHORT: tuple(short)})
+    windows = {**sets.windows, REFINE: _refine_windows(sets, documents, request.further, length, bos)}
+    if request.needles:
+        for part in ("search", "selection", REFINE):
+            windows[part] = tuple(plant(w, tokenizer, request.seed, request.needles) for w in windows[part])
+    return replace(sets, windows={**windows, SHORT: _starts(windows["test"], tokenizer, original_length)})
+
+
+def _refine_windows(
+    sets: DocumentSets, documents: Sequence[TokenisedDocument], count: int, length: int, bos: int | None
+) -> tuple[Window, ...]:
+    document_of = {document.sha256: document for document in documents}
+    searched: dict[str, list[Window]] = {}
+    for window in sets.windows["search"]:
+        searched.setdefault(window.source, []).append(window)
+    seen = {window.document.sha256 for windows in sets.windows.values() for window in windows}
+    further: dict[str, list[Window]] = {}
+    for source, ours in searched.items():
+        further[source] = []
+        for window in _further_windows(document_of[source], len(ours), count, length, bos):
+            if window.document.sha256 not in seen:  # text that repeats itself could bring one of another set back
+                seen.add(window.document.sha256)
+                further[source].append(window)
+    without = [ours for source, ours in searched.items() if not further[source]]
+    return (*_in_turn(list(further.values())), *_in_turn(without))
+
+
+def _further_windows(
+    document: TokenisedDocument, searched: int, count: int, length: int, bos: int | None
+) -> list[Window]:
+    """Up to ``count`` windows between and after the first ``searched``, spread over what these leave."""
+    n, body = len(document.tokens), length - (bos is not None)
+    taken = window_starts(n, body, searched)
+    free: list[int] = []
+    for start, end in zip(taken, [*taken[1:], n], strict=True):
+        room = end - start - body
+        free.extend(start + body + place for place in window_starts(room, body, room // body))
+    return [window_at(document, free[i], length, bos) for i in window_starts(len(free), 1, count)]
+
+
+def _in_turn(lists: Sequence[Sequence[Window]]) -> list[Window]:
+    """The first of every list, then the second of each, and so on."""
+    return [window for window in chain.from_iterable(zip_longest(*lists)) if window is not None]
 
 
 def evaluation_windows(
@@ -152,3 +221,21 @@ def evaluation_windows(
     documents = tokenise(read_texts(paths, text_column), tokenizer, default_cache_dir())
     sets = named_sets({"test": documents}, length, {"test": Quota(None, windows)}, tokenizer.bos_token_id)
     return sets.windows["test"]
+
+
+def with_short_search(sets: DocumentSets, tokenizer: Any, original_length: int) -> DocumentSets:
+    """The sets and ``search_short`` beside: the start of every search window as a window of the original length."""
+    return replace(
+        sets, windows={**sets.windows, SEARCH_SHORT: _starts(sets.windows["search"], tokenizer, original_length)}
+    )
+
+
+def _starts(windows: Sequence[Window], tokenizer: Any, original_length: int) -> tuple[Window, ...]:
+    bos = tokenizer.bos_token_id
+    skip = 0 if bos is None else 1
+    short: list[Window] = []
+    for window in windows:
+        tokens = window.tokens[skip : skip + original_length]
+        start = TokenisedDocument(f"{window.document.name}/start", window.source, tokens)
+        short.extend(cut(start, original_length, 1, bos))
+    return tuple(short)

@@ -86,7 +86,7 @@ DEFAULT_QUOTAS: Mapping[str, Quota] = {"search": Quota(5, 1), "selection": Quota
 
 @dataclass(frozen=True)
 class SetSize:
-    """How much text a set holds: documents, windows cut from them, and tokens scored (L - 1 a window)."""
+    """How much text a set holds: documents, windows cut from them, and tokens scored (L - 1 a window, or its spans)."""
 
     documents: int
     windows: int
@@ -108,8 +108,12 @@ class DocumentSets:
 
     def summary(self) -> dict[str, SetSize]:
         """By part, for whoever reports the study."""
+
+        def scored(document: Document) -> int:
+            return sum(end - start for start, end in document.spans) or document.length - 1
+
         return {
-            part: SetSize(len({w.source for w in windows}), len(windows), sum(w.document.length - 1 for w in windows))
+            part: SetSize(len({w.source for w in windows}), len(windows), sum(scored(w.document) for w in windows))
             for part, windows in self.windows.items()
         }
 
@@ -226,17 +230,24 @@ def cut(document: TokenisedDocument, length: int, count: int, bos: int | None) -
     bos: the token that every window starts with; None for a model without one.
     """
     body = _body(length, bos)
-    n = len(document.tokens)
+    return [window_at(document, start, length, bos) for start in window_starts(len(document.tokens), body, count)]
+
+
+def window_starts(n: int, body: int, count: int) -> list[int]:
+    """Where up to ``count`` disjoint windows of ``body`` tokens begin: each at the start of its share of n tokens."""
     count = min(count, n // body)
+    return [i * n // count for i in range(count)]
+
+
+def window_at(document: TokenisedDocument, start: int, length: int, bos: int | None) -> Window:
+    """The window of ``length`` tokens, BOS included, whose text begins at the document's token ``start``."""
+    body = _body(length, bos)
     opening = np.array([] if bos is None else [bos], np.uint32)
-    windows = []
-    for start in (i * n // count for i in range(count)):
-        tokens = np.concatenate([opening, document.tokens[start : start + body]])
-        tokens.setflags(write=False)
-        digest = hashlib.sha256(tokens.astype(ON_DISK, copy=False).data).hexdigest()
-        name = f"{document.name}[{start}:{start + body}]"
-        windows.append(Window(Document(name, digest, length), tokens, document.sha256))
-    return windows
+    tokens = np.concatenate([opening, document.tokens[start : start + body]])
+    tokens.setflags(write=False)
+    digest = hashlib.sha256(tokens.astype(ON_DISK, copy=False).data).hexdigest()
+    name = f"{document.name}[{start}:{start + body}]"
+    return Window(Document(name, digest, length), tokens, document.sha256)
 
 
 def draw_sets(

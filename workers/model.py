@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +15,15 @@ from torch import nn
 
 from searcher.errors import LongRopeError
 from searcher.rope import Factors, RopeSpec
+from workers import attention as own_attention
 from workers.apply import INTERLEAVED, RescaledRotary, cos_layout, find_rotary, rescaled
+from workers.memo import Memo
+from workers.settings import NO_WINDOW as NO_WINDOW
+from workers.settings import device_name, settle_attention, settle_chunk, settle_device, settle_window
+from workers.streaming import hold_on_host
+from workers.weights import SharedWeights, build
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-ATTENTIONS = ("auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3")
-# Eager attention holds heads x L x L weights; beyond this length that is no longer a working size.
-EAGER_MAX_LENGTH = 8192
-# Windowed attention without a flash kernel needs an L x L mask, in float32 with its copies 5.3 bytes an entry as
-# measured: 1.4 GB at this length, beyond which it is refused.
-MASK_MAX_LENGTH = 16384
-# A window longer than any target: the way to switch windowed attention off that every family understands.
-NO_WINDOW = 2**30
 # Families whose attention pairs neighbouring dimensions although their cos and sin are laid out in halves.
 INTERLEAVED_FAMILIES = ("cohere", "cohere2", "glm", "glm4", "ernie4_5", "gptj", "codegen", "helium")
 # What AutoModelForCausalLM needs from a hub; weights in any other form are not fetched.
@@ -44,12 +40,17 @@ class ModelRequest:
     path: local folder, or a name on the Hugging Face hub.
     target_length: L, the longest sequence that will be scored.
     dtype: ``auto`` (the config's), float32, bfloat16 or float16.
-    attention: ``auto`` (sdpa, or eager where logits are capped) or one of ATTENTIONS.
+    attention: one of ``workers.settings.ATTENTIONS``; ``auto`` is ``longrope``, our own, which alone runs in pieces and
+        at any length. The others are transformers', run whole, each with its limits.
     device: ``auto`` (cuda where there is one), ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
     sliding_window: None, ``keep``, ``off`` or a number of tokens.
     original_length: L0 where the config does not tell the truth about it.
     threads: CPU threads of the worker; one gives the same bits for any number of workers.
     trust_remote_code: run code that comes with the model; off unless asked for.
+    chunk: tokens that go through a decoder layer at one time; None for one that fits, see
+        ``workers.scorer.fit_chunk``. It decides the last bits of a score.
+    hidden_on_host: keep hidden states in host memory, pinned for CUDA. Scores are the same to the last bit.
+    stream_weights: keep decoder layers in host memory and copy each to the device ahead of its use. Likewise.
     """
 
     path: str
@@ -61,6 +62,9 @@ class ModelRequest:
     original_length: int | None = None
     threads: int = 1
     trust_remote_code: bool = False
+    chunk: int | None = None
+    hidden_on_host: bool = False
+    stream_weights: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,10 @@ class LoadedModel:
     spec: its unscaled rotary geometry.
     shipped: name of the RoPE scaling its own config applies, with the factors it amounts to at the target length.
     pairing: which dimensions of a head turn together.
-    settings: what was resolved from ``auto``: device, dtype, attention, sliding window.
+    settings: what was resolved from ``auto``: device, dtype, attention, sliding window, chunk.
+    chunk: tokens that go through a layer at one time; None runs every sequence whole.
+    hidden_on_host, stream_weights: see ModelRequest. With the second the model cannot be called as a whole.
+    memo: what candidates on one document share.
     """
 
     model: Any
@@ -106,6 +113,10 @@ class LoadedModel:
     layout: str
     cast: bool
     settings: dict[str, str | int | None]
+    chunk: int | None = None
+    hidden_on_host: bool = False
+    stream_weights: bool = False
+    memo: Memo = field(default_factory=Memo, repr=False, compare=False)
 
     @property
     def device(self) -> torch.device:
@@ -208,8 +219,12 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
         raise LongRopeError(f"No tokenizer could be loaded from {folder}: {one_line(error)}") from error
 
 
-def load_model(request: ModelRequest) -> LoadedModel:
+def load_model(request: ModelRequest, shared: SharedWeights | None = None) -> LoadedModel:
     """Load the weights and read the rotary geometry.
+
+    Parameters
+    ----------
+    shared: the weights, where another worker of this machine has read and checked them; None reads them from disk.
 
     Raises
     ------
@@ -223,23 +238,28 @@ def load_model(request: ModelRequest) -> LoadedModel:
     folder = resolve_folder(request.path, request.trust_remote_code)
     config = _read_config(folder, request.path, request.trust_remote_code)
     _refuse_other_positions(config, request.path)
-    window = _settle_window(config, request)
-    attention = _settle_attention(config, request, window)
-    device = _settle_device(request.device)
+    window = settle_window(config, request)
+    attention = settle_attention(config, request, window)
+    device = settle_device(request.device)
+    chunk = settle_chunk(request, attention, device)
+    own_attention.register()
     if request.dtype not in ("auto", *DTYPES):
         raise LongRopeError(f"The dtype is auto, {', '.join(DTYPES)}, not {request.dtype!r}.")
     torch.set_num_threads(request.threads)
     try:
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=DTYPES.get(request.dtype, "auto"),
-            attn_implementation=attention,
-            use_safetensors=True,
-            trust_remote_code=request.trust_remote_code,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # refused below, by name
-        )
+        options = {"attn_implementation": attention, "ignore_mismatched_sizes": True}  # refused below, by name
+        if shared is not None:
+            model, info = build(shared, config, **options)
+        else:
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=DTYPES.get(request.dtype, "auto"),
+                use_safetensors=True,
+                trust_remote_code=request.trust_remote_code,
+                output_loading_info=True,
+                **options,
+            )
     except Exception as error:
         raise LongRopeError(f"{request.path} cannot be loaded as a causal language model: {one_line(error)}") from error
     if info["missing_keys"]:
@@ -254,23 +274,40 @@ def load_model(request: ModelRequest) -> LoadedModel:
             f"{name} of {request.path} has shape {tuple(found)}, but its config.json makes it {tuple(wanted)}; weights "
             "and config are of different models."
         )
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.named_parameters() if shared is None else ():
         if not bool(torch.isfinite(parameter).all()):
             raise LongRopeError(f"{name} of {request.path} holds values that are not finite; the weights are broken.")
     try:
-        model = model.eval().requires_grad_(False).to(device)
+        model = _put_on(model.eval().requires_grad_(False), device, request.stream_weights)
     except (RuntimeError, AssertionError) as error:  # too little memory there, or no such device in this torch
         raise LongRopeError(f"{request.path} cannot be put on {device}: {one_line(error)}") from error
     spec, layout, cast = _rotary_geometry(model, config, request)
     pairing = INTERLEAVED if layout == INTERLEAVED or config.model_type in INTERLEAVED_FAMILIES else "half-split"
     settings: dict[str, str | int | None] = {
-        "device": _device_name(device),
+        "device": device_name(device),
         "dtype": str(model.dtype).removeprefix("torch."),
         "attention": attention,
         "sliding_window": window,
+        "chunk": chunk,
     }
     shipped = _shipped_factors(config, spec, request.target_length)
-    return LoadedModel(model, spec, shipped, pairing, layout, cast, settings)
+    keeping = request.hidden_on_host, request.stream_weights
+    return LoadedModel(model, spec, shipped, pairing, layout, cast, settings, chunk, *keeping)
+
+
+def _put_on(model: Any, device: torch.device, stream_weights: bool) -> Any:
+    """The model on the device; all but its decoder layers where those are to be streamed."""
+    if not stream_weights:
+        return model.to(device)
+    layers = decoder_layers(model)
+    held = list(layers)
+    for index in range(len(held)):
+        layers[index] = nn.Identity()
+    model.to(device)
+    for index, layer in enumerate(held):
+        layers[index] = layer
+    hold_on_host(held, device)
+    return model
 
 
 def _read_config(folder: Path, path: str, trust_remote_code: bool) -> Any:
@@ -387,86 +424,6 @@ def _refuse_other_positions(config: Any, path: str) -> None:
             f"{path} ({config.model_type}) has a rotary embedding for each layer type ({', '.join(parameters)}); "
             "one for all layers is needed, so this family is not supported yet."
         )
-
-
-def _settle_window(config: Any, request: ModelRequest) -> int | None:
-    """Apply --sliding-window to the config; the window in force, or None."""
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    wish = request.sliding_window
-    if wish is not None and wish not in ("keep", "off") and not re.fullmatch(r"[1-9]\d*", wish):
-        raise LongRopeError(f"--sliding-window takes keep, off or a number of tokens, not {wish!r}.")
-    if window is None or (kinds is not None and "sliding_attention" not in kinds):
-        if wish not in (None, "keep", "off"):
-            raise LongRopeError(
-                f"{request.path} attends to all tokens and has no window to set to {wish}; leave --sliding-window out."
-            )
-        return None
-    if wish is None and window < request.target_length:
-        raise LongRopeError(
-            f"{request.path} attends to a window of {window} tokens, shorter than the target of "
-            f"{request.target_length}; choose --sliding-window keep (as trained), off (attend to all) or a number."
-        )
-    if wish not in ("keep", None):
-        window = NO_WINDOW if wish == "off" else int(wish)
-    if window >= request.target_length:  # attends to everything: no mask is needed
-        config.sliding_window = NO_WINDOW
-        return None
-    config.sliding_window = window
-    return int(window)
-
-
-def _settle_attention(config: Any, request: ModelRequest, window: int | None) -> str:
-    if request.attention not in ATTENTIONS:
-        raise LongRopeError(f"The attention kernel is one of {', '.join(ATTENTIONS)}, not {request.attention!r}.")
-    capped = getattr(config, "attn_logit_softcapping", None) is not None
-    if capped and request.attention == "sdpa":
-        raise LongRopeError(f"{request.path} caps its attention logits, which sdpa cannot do; use --attention eager.")
-    attention = request.attention if request.attention != "auto" else "eager" if capped else "sdpa"
-    if attention == "eager" and request.target_length > EAGER_MAX_LENGTH:
-        raise LongRopeError(
-            f"Eager attention holds all L x L weights and serves targets up to {EAGER_MAX_LENGTH} tokens, "
-            f"not {request.target_length}; {request.path} needs a fused kernel (--attention) or a shorter target."
-        )
-    if window is not None and not attention.startswith("flash") and request.target_length > MASK_MAX_LENGTH:
-        raise LongRopeError(
-            f"A window of {window} tokens under {attention} attention needs an L x L mask and serves targets up to "
-            f"{MASK_MAX_LENGTH} tokens, not {request.target_length}; use --attention flash_attention_2, or "
-            "--sliding-window off."
-        )
-    return attention
-
-
-def _settle_device(device: str) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
-        raise LongRopeError(f"{device!r} is no device that is served; use auto, cpu, cuda, cuda:N or mps.")
-    chosen = torch.device(device)
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise LongRopeError(f"{device} was asked for, but torch {torch.__version__} sees no CUDA device here.")
-    return chosen
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type == "cpu":
-        return torch.backends.cpu.get_cpu_capability() + " " + _cpu_model()
-    return device.type
-
-
-def _cpu_model() -> str:
-    """The processor's own name; on ARM its implementer and part; else what the platform module knows."""
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        fields = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)
-        named = {key.strip(): value.strip() for key, value in fields.items()}
-        if "model name" in named:
-            return named["model name"]
-        if "CPU part" in named:
-            return f"{named.get('CPU implementer', '')} {named['CPU part']} {named.get('CPU variant', '')}".strip()
-    return platform.processor() or platform.machine()
 
 
 def one_line(error: BaseException) -> str:

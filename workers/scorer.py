@@ -6,6 +6,7 @@ import math
 import os
 import platform
 import secrets
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,10 +18,12 @@ import numpy.typing as npt
 import torch
 
 from searcher.errors import LongRopeError
-from searcher.rope import Factors
-from searcher.study import Document, Outcome, Unit
+from searcher.study import Outcome, Unit
+from workers import engine
 from workers.model import LoadedModel, ModelInfo, ModelRequest, load_model, model_digest, resolve_folder
-from workers.perplexity import LOGITS_AT_ONCE, SCORER_VERSION, negative_log_likelihood
+from workers.perplexity import SCORER_VERSION, logits_at_once, logits_step, negative_log_likelihood
+from workers.settings import MIN_CHUNK
+from workers.weights import SharedWeights
 
 if TYPE_CHECKING:
     from workers.pool import RayScorer
@@ -44,30 +47,100 @@ class PoolRequest:
     ray_address: str | None = None
 
 
-def describe(loaded: LoadedModel, request: ModelRequest) -> ModelInfo:
-    """The model's identity, geometry and numerics profile."""
+def describe(loaded: LoadedModel, request: ModelRequest, shared: SharedWeights | None = None) -> ModelInfo:
+    """The model's identity, geometry and numerics profile; the digest of shared weights is taken as it is."""
     import transformers
 
     profile = {
         **loaded.settings,
         "threads": request.threads,
-        "logits_at_once": LOGITS_AT_ONCE,
+        "logits_at_once": logits_at_once(loaded.device),
         "scorer": SCORER_VERSION,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "machine": platform.machine(),
     }
-    folder = resolve_folder(request.path, request.trust_remote_code)
-    weights = model_digest(folder, request.trust_remote_code)
+    if shared is not None:
+        weights = shared.sha256
+    else:
+        weights = model_digest(resolve_folder(request.path, request.trust_remote_code), request.trust_remote_code)
     return ModelInfo(weights, profile, loaded.spec, loaded.shipped, loaded.pairing)
 
 
-def score_unit(loaded: LoadedModel, tokens: Tokens, key: str, factors: Factors | None, document: Document) -> Outcome:
-    """One candidate on one document. A loss that is not finite is an outcome with a reason, not an error."""
+def score_unit(loaded: LoadedModel, tokens: Tokens, unit: Unit) -> Outcome:
+    """One candidate on one document. A loss or gradient that is not finite is an outcome with a reason, no error."""
     start = time.perf_counter()
-    nll, count = negative_log_likelihood(loaded, tokens[document.sha256], factors)
+    window, document = tokens[unit.document.sha256], unit.document
+    gradient: tuple[float, ...] | None = None
+    if unit.gradient:
+        from workers.refine import loss_and_gradient
+
+        nll, count, gradient = loss_and_gradient(loaded, window, unit.factors, document.spans)
+    else:
+        nll, count = negative_log_likelihood(loaded, window, unit.factors, document.spans)
     failure = None if math.isfinite(nll) else f"the loss on {document.name} is {nll}"
-    return Outcome(key, nll, count, time.perf_counter() - start, failure=failure)
+    if failure is None and gradient is not None and not all(math.isfinite(value) for value in gradient):
+        failure, gradient = f"the gradient on {document.name} is not finite", None
+    return Outcome(unit.key, nll, count, time.perf_counter() - start, failure=failure, gradient=gradient)
+
+
+def fit_chunk(loaded: LoadedModel, request: ModelRequest) -> LoadedModel:
+    """The model with the largest chunk that its longest window has memory for, halved from the default to MIN_CHUNK.
+
+    A stated chunk is taken as it is. So is the default where memory is promised without being there: on a CPU without a
+    limit on address space, too little memory ends the process and cannot be tried out. Elsewhere the window is tried
+    once: all that it holds at its peak, but only two pieces through two layers. Nothing is halved after this, since the
+    chunk is part of the numerics profile; what still runs out of memory is a failed outcome.
+
+    Raises
+    ------
+    LongRopeError
+        Even the smallest chunk does not fit.
+    """
+    if loaded.chunk is None or request.chunk is not None or not _refuses_memory(loaded.device):
+        return loaded
+    chunk = loaded.chunk
+    while chunk >= MIN_CHUNK:
+        fitted = replace(loaded, chunk=chunk, settings={**loaded.settings, "chunk": chunk})
+        if _fits(fitted, request.target_length):
+            return fitted
+        chunk //= 2
+    raise LongRopeError(
+        f"{request.target_length} tokens do not fit into the memory of {loaded.device}, even in chunks of {MIN_CHUNK}; "
+        "take a shorter target, bfloat16, or leave hidden states or weights on the host (hidden_on_host, "
+        "stream_weights)."
+    )
+
+
+def _fits(loaded: LoadedModel, length: int) -> bool:
+    try:
+        engine.trial(loaded, length, logits_step(loaded))
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        fits = False
+    else:
+        fits = True
+    if loaded.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return fits
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out; on a CPU torch says so in a plain RuntimeError."""
+    named = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return named or "can't allocate memory" in str(error) or "out of memory" in str(error)
+
+
+def _refuses_memory(device: torch.device) -> bool:
+    """Whether asking for too much memory is an error that can be caught."""
+    if device.type != "cpu":
+        return True
+    if sys.platform == "win32":
+        return False
+    import resource
+
+    return resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
 
 
 def check_vocabulary(loaded: LoadedModel, tokens: Tokens) -> None:
@@ -110,14 +183,15 @@ class LocalScorer:
     ----------
     request: the model and how to run it.
     tokens: every window that will be asked for.
+    shared: see ``load_model``.
     """
 
-    def __init__(self, request: ModelRequest, tokens: Tokens) -> None:
+    def __init__(self, request: ModelRequest, tokens: Tokens, shared: SharedWeights | None = None) -> None:
         # Equal bits on equal hardware: cuBLAS reads the variable when CUDA starts.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-        self.loaded = load_model(request)
-        self.info = describe(self.loaded, request)
+        self.loaded = fit_chunk(load_model(request, shared), request)
+        self.info = describe(self.loaded, request, shared)
         self._tokens = tokens
         check_vocabulary(self.loaded, tokens)
 
@@ -125,11 +199,11 @@ class LocalScorer:
     def fingerprint(self) -> str:
         return self.info.fingerprint
 
-    def evaluate(self, units: Sequence[Unit]) -> Iterator[Outcome]:
-        """One unit after the other, in the order given."""
+    def evaluate(self, units: Sequence[Unit], spare: Sequence[Unit] = ()) -> Iterator[Outcome]:  # noqa: ARG002
+        """One unit after the other, in the order given; one worker is never idle, so spare units are left alone."""
         for unit in units:
             try:
-                outcome = score_unit(self.loaded, self._tokens, unit.key, unit.factors, unit.document)
+                outcome = score_unit(self.loaded, self._tokens, unit)
             except (RuntimeError, MemoryError) as error:  # out of memory above all
                 reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
                 outcome = Outcome(unit.key, None, 0, failure=reason)

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from searcher import evolution
 from searcher.baselines import BASELINES
 from searcher.errors import LongRopeError
-from searcher.evolution import PRESETS, Child, Evolution, State, ask, generator, tell
+from searcher.evolution import Child, Evolution, State, ask, generator, tell
 from searcher.operators import MUTATIONS, crossover, random_individual
+from searcher.plan import PRESETS
 from searcher.rope import RopeSpec
 from searcher.space import Individual, SearchSpace
 
@@ -269,7 +270,7 @@ def test_a_space_that_is_almost_used_up_ends_no_ask_in_a_hang(kind: str) -> None
 
 
 def test_the_papers_budget() -> None:
-    plan = PRESETS["paper"]
+    plan = PRESETS["paper"].evolution
     assert plan == Evolution(64, 32, 16, 16, 40, 0.3, "neighbours")
     assert plan.individuals == 64 + 40 * 32 == 1344
     asked, state = generations(plan, SPACE, SEEDS, distance)
@@ -278,7 +279,7 @@ def test_the_papers_budget() -> None:
 
 
 def test_above_512k_population_mutants_and_crosses_halve() -> None:
-    paper, large = PRESETS["paper"], PRESETS["paper-xl"]
+    paper, large = PRESETS["paper"].evolution, PRESETS["paper-xl"].evolution
     assert (large.population, large.mutants, large.crosses) == (paper.population // 2, 8, 8)
     assert (large.generations, large.probability, large.mutation) == (40, 0.3, "neighbours")
 
@@ -290,7 +291,7 @@ GAIN = {"neighbours": 0.1, "lognormal": 0.05, "range": 1.0}
 @kinds
 def test_the_search_beats_random_search_at_equal_budget(kind: str) -> None:
     """The best of the seeds and as many random individuals, against the evolution; five seeds each, none chosen."""
-    plan = replace(PRESETS["quick"], generations=40, mutation=kind)
+    plan = replace(PRESETS["quick"].evolution, generations=40, mutation=kind)
     evolved, drawn = [], []
     for seed in range(5):
         asked, state = generations(plan, SPACE, SEEDS, distance, seed)

@@ -23,13 +23,14 @@ PLATEAU = Individual((800,) * 8, 0)
 
 @st.composite
 def families(draw: st.DrawFn) -> tuple[SearchSpace, Individual, Individual]:
-    """A space, narrow ones and single pairs included, and two individuals in it."""
-    lower = draw(st.integers(1, 200))
+    """A space, narrow ones, single pairs and critical ones included, and two individuals in it."""
     pairs = draw(st.integers(1, 10))
+    critical = draw(st.just(0) | st.integers(0, pairs - 1))
+    lower = draw(st.integers(100 if critical else 1, 200))
     n_hats = tuple(sorted(draw(st.sets(st.sampled_from(N_HATS), min_size=1, max_size=4))))
-    space = SearchSpace(pairs, lower, lower + draw(st.sampled_from([0, 1, 2, 30, 2000])), n_hats)
-    steps = st.lists(st.integers(space.lower, space.upper), min_size=pairs, max_size=pairs)
-    first, second = (Individual(tuple(sorted(draw(steps))), draw(st.sampled_from(n_hats))) for _ in range(2))
+    space = SearchSpace(pairs, lower, lower + draw(st.sampled_from([0, 1, 2, 30, 2000])), n_hats, critical)
+    steps = st.lists(st.integers(space.lower, space.upper), min_size=space.free, max_size=space.free)
+    first, second = (Individual(space.completed(sorted(draw(steps))), draw(st.sampled_from(n_hats))) for _ in range(2))
     return space, first, second
 
 
@@ -69,9 +70,10 @@ def test_neighbours_bound_every_factor_by_those_beside_it(
     """Below by the child's own, above by the parent's: so order holds without a repair."""
     space, parent, _ = family
     child = mutate(rng(seed), parent, space, probability, "neighbours")
-    below = (space.lower, *child.steps[:-1])
-    above = (*parent.steps[1:], space.upper)
-    assert all(low <= step <= high for low, step, high in zip(below, child.steps, above, strict=True))
+    searched, before = child.steps[space.critical :], parent.steps[space.critical :]
+    below = (space.lower, *searched[:-1])
+    above = (*before[1:], space.upper)
+    assert all(low <= step <= high for low, step, high in zip(below, searched, above, strict=True))
 
 
 @kinds
@@ -171,17 +173,14 @@ def test_a_cross_without_a_conflict_needs_no_repair(
     kind: str, family: tuple[SearchSpace, Individual, Individual], seed: int
 ) -> None:
     space, first, second = family
-    merged = sorted({*first.steps, *second.steps})
+    one, other = (parent.steps[space.critical :] for parent in (first, second))
+    merged = sorted({*one, *other})
     # A second parent between the first one's factors and the next of them: any choice is in order.
-    between = Individual(
-        tuple(
-            next((v for v in merged if v >= a and v <= b), a)
-            for a, b in zip(first.steps, (*first.steps[1:], space.upper), strict=True)
-        ),
-        second.n_hat,
-    )
+    searched = [next((v for v in merged if a < v <= b), a) for a, b in zip(one, (*one[1:], space.upper), strict=True)]
+    between = Individual(space.completed(searched), second.n_hat)
     child = crossover(rng(seed), first, between, space, kind)
-    assert all(c in pair for c, *pair in zip(child.steps, first.steps, between.steps, strict=True))
+    pairs = list(zip(child.steps, first.steps, between.steps, strict=True))
+    assert all(c in pair for c, *pair in pairs[space.critical :])
     assert child.n_hat in (first.n_hat, between.n_hat)
 
 

@@ -1,667 +1,331 @@
-"""The driver loop against a store in memory and an analytic scorer: whatever interrupts it, the end is the same."""
+"""One generation against a store in memory and an analytic scorer: what is computed, what is kept, what is counted."""
 
 from __future__ import annotations
 
-import hashlib
 import math
-import random
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from memory_study import AnalyticScorer, Interrupted, Life, MemoryStore, Watcher, document, run
 
-from searcher.baselines import BASELINES
 from searcher.errors import LongRopeError
-from searcher.evolution import Evolution
-from searcher.operators import MUTATIONS
-from searcher.rope import Factors, RopeSpec
-from searcher.space import Individual, SearchSpace
+from searcher.racing import Race, Racing
+from searcher.rope import Factors
 from searcher.study import (
-    AT_STUDY_ATTENTION,
-    SHORT,
+    REFINE,
+    REFINED,
+    SEARCH_SHORT,
     UNCOMPUTED_IN_A_ROW,
-    WITHOUT_N_HAT,
     Candidate,
     Document,
     Outcome,
     Score,
-    Scorer,
-    SearchPlan,
-    SearchResult,
-    Store,
     Unit,
     evaluation_key,
-    individual_of,
-    run_search,
+    score_generation,
+    score_gradients,
     total,
 )
 
-SPEC = RopeSpec(10_000.0, 8, 256, 2)
-SCALE = 8.0
-STUDY_ATTENTION = 1.25
-SPACE = SearchSpace.for_scale(SPEC.pairs, SCALE, n_hats=(0, 4, 16))
-BASELINE_FACTORS = {name: BASELINES[name](SPEC, SCALE) for name in ("none", "pi", "ntk", "yarn")}
-SEEDS = {name: BASELINE_FACTORS[name] for name in ("pi", "ntk", "yarn")}
-EVOLUTION = Evolution(population=6, parents=3, mutants=2, crosses=1, generations=3)
-PLAN = SearchPlan(EVOLUTION, SPACE, STUDY_ATTENTION, SEEDS, BASELINE_FACTORS, seed=7, finalists=3)
+DOCUMENTS = [document("search", i, length) for i, length in enumerate((2048, 1024, 700))]
+CANDIDATES = [Candidate(Factors((1.0, 1.0 + i / 4, 2.0 + i, 8.0 - i / 8), i % 3, 1.25), f"c{i}") for i in range(12)]
 
 
-def document(part: str, number: int, length: int) -> Document:
-    name = f"{part}{number}"
-    return Document(name, hashlib.sha256(name.encode()).hexdigest(), length)
-
-
-# Lengths differ, so that a mean of means would not be the token-weighted one.
-DOCUMENTS = {
-    "search": [document("search", 0, 2048), document("search", 1, 1024)],
-    "selection": [document("selection", 0, 2048), document("selection", 1, 700)],
-    "test": [document("test", 0, 2048), document("test", 1, 1500)],
-    SHORT: [document("short", 0, 256)],
-}
-
-
-class Interrupted(Exception):
-    """The process dies here."""
-
-
-@dataclass
-class Life:
-    """How many more steps the process lives: a step is one write to the store or one outcome of the scorer."""
-
-    left: float = math.inf
-    lived: int = 0
-
-    def step(self) -> None:
-        if self.lived >= self.left:
-            raise Interrupted
-        self.lived += 1
-
-
-@dataclass
-class Generation:
-    candidates: list[Candidate]
-    documents: list[Document]
-    keys: list[list[str]]
-
-
-Place = tuple[int, str, int]
-
-
-@dataclass
-class MemoryStore:
-    """The store's contract over dictionaries. ``evaluations`` may be shared between studies; failures are not."""
-
-    evaluations: dict[str, Outcome] = field(default_factory=dict)
-    failures: dict[str, Outcome] = field(default_factory=dict)
-    generations: dict[Place, Generation] = field(default_factory=dict)
-    life: Life = field(default_factory=Life)
-
-    def candidates(self, stage: int, part: str, generation: int) -> list[Candidate] | None:
-        found = self.generations.get((stage, part, generation))
-        return list(found.candidates) if found else None
-
-    def add_generation(
-        self,
-        stage: int,
-        part: str,
-        generation: int,
-        candidates: Sequence[Candidate],
-        documents: Sequence[Document],
-        keys: Sequence[Sequence[str]],
-    ) -> None:
-        if (stage, part, generation) in self.generations:
-            raise AssertionError("a generation is written once")
-        self.life.step()
-        written = Generation(list(candidates), list(documents), [list(row) for row in keys])
-        self.generations[stage, part, generation] = written
-
-    def known(self, key: str) -> Outcome | None:
-        return self.failures.get(key) or self.evaluations.get(key)
-
-    def outcomes(self, stage: int, part: str, generation: int) -> list[list[Outcome | None]]:
-        return [[self.known(key) for key in row] for row in self.generations[stage, part, generation].keys]
-
-    def rekey(self, stage: int, part: str, generation: int, keys: Sequence[Sequence[str]]) -> None:
-        stored = self.generations[stage, part, generation].keys
-        changed = [
-            (i, j)
-            for i, row in enumerate(keys)
-            for j, key in enumerate(row)
-            if stored[i][j] != key and self.known(stored[i][j]) is None
-        ]
-        if changed:
-            self.life.step()
-        for i, j in changed:
-            stored[i][j] = keys[i][j]
-
-    def record(self, outcome: Outcome) -> None:
-        if not any(outcome.key in row for written in self.generations.values() for row in written.keys):
-            raise AssertionError("a unit is written before it is computed")
-        self.life.step()
-        kept = self.failures if outcome.nll is None else self.evaluations
-        kept.setdefault(outcome.key, outcome)
-
-
-Failing = Callable[[Factors, Document], float | bool | None]
-
-
-def never(_factors: Factors, _document: Document) -> bool:
-    """No unit fails. A failing unit's predicate returns the value it has instead: None, infinity or NaN."""
-    return False
-
-
-def hidden(part: str) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Factors that documents of a part like best; not quite the same in each, as in life."""
-    shift = {"search": 0.0, "selection": 0.08, "test": 0.04, "short": 0.0}[part]
-    return np.log([1.0, 1.4, 3.7, 7.9]) + shift
-
-
-@dataclass
-class AnalyticScorer:
-    """A loss with one valley and, for every document and candidate, a little noise of its own that never changes."""
-
-    life: Life = field(default_factory=Life)
-    fingerprint: str = "a"
-    order: int | None = None
-    failing: Failing = never
-    computed: Counter[str] = field(default_factory=Counter)
-    best_n_hat: int = 4
-
-    def loss(self, factors: Factors, on: Document) -> float:
-        part = on.name.rstrip("0123456789")
-        distance = float(np.mean((np.log(factors.by_layer()[0]) - hidden(part)) ** 2))
-        digest = hashlib.sha256(factors.to_bytes() + on.sha256.encode()).digest()
-        noise = int.from_bytes(digest[:8], "little") / 2**64
-        n_hat = 0.002 * abs(factors.n_hat - self.best_n_hat)
-        return 2 + distance + n_hat + 0.1 * abs(factors.attention_factor - 1.2) + 0.05 * noise
-
-    def outcome(self, factors: Factors, on: Document, key: str = "") -> Outcome:
-        failed = self.failing(factors, on)
-        if failed is not False:
-            return Outcome(key, failed, 0, failure=f"{on.name} was too much")
-        return Outcome(key, self.loss(factors, on) * (on.length - 1), on.length - 1, 0.1, "worker")
-
-    def score(self, factors: Factors, part: str) -> Score:
-        return total([self.outcome(factors, on) for on in DOCUMENTS[part]])
-
-    def evaluate(self, units: Sequence[Unit]) -> Iterator[Outcome]:
-        if not units or len({unit.key for unit in units}) != len(units):
-            raise AssertionError("units come each once, and never none")
-        pending = list(units)
-        if self.order is not None:
-            random.Random(f"{self.order} {units[0].key}").shuffle(pending)
-        for unit in pending:
-            self.life.step()
-            self.computed[unit.key] += 1
-            yield self.outcome(unit.factors, unit.document, unit.key)
-
-
-def drawn(factors: Factors) -> int:
-    """A number from 0 to 255 that a candidate's factors always give."""
-    return hashlib.sha256(b"fails" + factors.to_bytes()).digest()[0]
-
-
-def sometimes(factors: Factors, on: Document) -> float | bool | None:
-    """A third of the candidates fail, on one document of each set, in three ways."""
-    if on.name.endswith("1") and drawn(factors) < 85:
-        return (None, math.inf, math.nan)[drawn(factors) % 3]
-    return False
-
-
-def run(store: MemoryStore, scorer: AnalyticScorer, plan: SearchPlan = PLAN, life: Life | None = None) -> SearchResult:
-    store.life = scorer.life = life or Life()
-    as_store: Store = store
-    as_scorer: Scorer = scorer
-    return run_search(plan, DOCUMENTS, as_scorer, as_store)
-
-
-def trace(store: MemoryStore) -> dict[Place, list[tuple[Candidate, list[str]]]]:
-    """All that a study asked for, and what became of it; as text, so that NaN equals NaN."""
-    return {
-        place: [
-            (candidate, [repr((o.nll, o.tokens, o.failure)) if (o := store.known(key)) else "unknown" for key in row])
-            for candidate, row in zip(written.candidates, written.keys, strict=True)
-        ]
-        for place, written in store.generations.items()
-    }
-
-
-def unbroken(failing: Failing = never, plan: SearchPlan = PLAN) -> tuple[MemoryStore, AnalyticScorer, SearchResult]:
-    store, scorer = MemoryStore(), AnalyticScorer(failing=failing)
-    return store, scorer, run(store, scorer, plan)
-
-
-def snapped(candidate: Factors) -> Factors:
-    return SPACE.snap(candidate).factors(STUDY_ATTENTION)
-
-
-def finalists(store: MemoryStore) -> list[Candidate]:
-    return store.generations[0, "selection", 0].candidates
-
-
-def test_a_search_runs_to_its_end() -> None:
-    store, scorer, result = unbroken()
-    sizes = {place: len(written.candidates) for place, written in store.generations.items()}
-    assert [sizes[0, "search", generation] for generation in range(4)] == [6, 3, 3, 3]
-    assert {place for place in sizes if place[1] != "search"} == {
-        (0, "selection", 0),
-        (0, "selection", 1),
-        (0, "test", 1),
-        (0, SHORT, 1),
-    }
-    assert result.forwards == sum(size * len(DOCUMENTS[part]) for (_, part, _), size in sizes.items())
-    assert set(scorer.computed.values()) == {1}
-    assert all(store.known(key) for written in store.generations.values() for row in written.keys for key in row)
-    assert list(result.history) == sorted(result.history, reverse=True)
-    assert len(result.history) == 4
-    assert result.history[-1] < result.history[0]
-
-
-def test_individuals_are_scored_under_the_studys_attention_factor_and_on_the_grid() -> None:
-    store, _, _ = unbroken()
-    for (_, part, generation), written in store.generations.items():
-        if part == "search" or generation == 0:
-            for candidate in written.candidates:
-                assert candidate.factors.attention_factor == STUDY_ATTENTION
-                assert individual_of(candidate) in SPACE
-                assert individual_of(candidate).factors(STUDY_ATTENTION) == candidate.factors
-
-
-@pytest.mark.parametrize("failing", [never, sometimes])
-def test_a_search_that_dies_anywhere_ends_as_if_it_had_not(failing: Failing) -> None:
-    """Before every write to the store and before every outcome, one after the other."""
-    whole, scorer, expected = unbroken(failing)
-    steps = scorer.life.lived
-    assert steps > 60
-    for left in range(steps):
-        store, first, second = MemoryStore(), AnalyticScorer(failing=failing), AnalyticScorer(failing=failing)
-        with pytest.raises(Interrupted):
-            run(store, first, life=Life(left))
-        recorded = {**store.evaluations, **store.failures}
-        assert run(store, second) == expected, f"died after {left} steps"
-        assert trace(store) == trace(whole), f"died after {left} steps"
-        assert not recorded.keys() & second.computed.keys()
-        # One value may be lost between its computing and its recording; what had no value is tried again.
-        again = [known for key in first.computed & second.computed if (known := whole.known(key))]
-        assert sum(outcome.nll is not None for outcome in again) <= 1
-
-
-@given(st.integers(0, 90), st.integers(0, 1000), st.sampled_from(MUTATIONS), st.integers(0, 3))
-@settings(deadline=None, max_examples=15)
-def test_any_plan_dies_and_goes_on(left: int, seed: int, mutation: str, stage: int) -> None:
-    plan = replace(PLAN, evolution=replace(EVOLUTION, mutation=mutation), seed=seed, stage=stage)
-    whole, scorer, expected = unbroken(sometimes, plan)
-    store, broken = MemoryStore(), AnalyticScorer(failing=sometimes)
-    try:
-        run(store, broken, plan, Life(left))
-    except Interrupted:
-        assert left < scorer.life.lived
-    else:
-        assert left >= scorer.life.lived
-    assert run(store, AnalyticScorer(failing=sometimes), plan) == expected
-    assert trace(store) == trace(whole)
-
-
-@pytest.mark.parametrize("left", [2, 3, 7, 20])
-def test_a_search_that_dies_again_and_again_still_ends(left: int) -> None:
-    whole, _, expected = unbroken(sometimes)
-    store = MemoryStore()
-    for attempt in range(200):
-        try:
-            result = run(store, AnalyticScorer(failing=sometimes, order=attempt), life=Life(left))
-        except Interrupted:
-            continue
-        break
-    assert attempt > 1
-    assert result == expected
-    assert trace(store) == trace(whole)
-
-
-@pytest.mark.parametrize("left", range(0, 60, 3))
-def test_no_key_is_computed_twice_where_the_scorer_dies(left: int) -> None:
-    """Here the store takes every outcome that there is, so nothing is lost."""
-    computed: Counter[str] = Counter()
-    store, first = MemoryStore(), AnalyticScorer(computed=computed)
-    first.life = Life(left)
-    with pytest.raises(Interrupted):
-        run_search(PLAN, DOCUMENTS, first, store)
-    assert sum(computed.values()) == left
-    assert run(store, AnalyticScorer(computed=computed)) == unbroken()[2]
-    assert set(computed.values()) == {1}
-
-
-@pytest.mark.parametrize("order", range(6))
-def test_the_order_of_completion_changes_nothing(order: int) -> None:
-    whole, _, expected = unbroken(sometimes)
-    store = MemoryStore()
-    assert run(store, AnalyticScorer(order=order, failing=sometimes)) == expected
-    assert trace(store) == trace(whole)
-
-
-def test_a_finished_search_computes_nothing_again() -> None:
-    store, _, expected = unbroken(sometimes)
-    again = AnalyticScorer(failing=sometimes)
-    assert run(store, again) == expected
-    assert not again.computed
-    assert again.life.lived == 0
-
-
-def test_what_is_in_the_store_is_not_asked_for_anew() -> None:
-    """The store is the truth, not what ask would say today: here it would ask under another seed."""
-    store = MemoryStore()
-    with pytest.raises(Interrupted):
-        run(store, AnalyticScorer(), life=Life(30))
-    written = {place: list(generation.candidates) for place, generation in store.generations.items()}
-    assert len(written) == 2
-    run(store, AnalyticScorer(), replace(PLAN, seed=99))
-    assert {place: store.generations[place].candidates for place in written} == written
-    assert trace(store) != trace(unbroken()[0])
-    for generation in store.generations.values():
-        for candidate, row in zip(generation.candidates, generation.keys, strict=True):
-            assert row == [evaluation_key("a", candidate.factors, on) for on in generation.documents]
-
-
-def test_another_study_of_the_same_finds_all_in_the_store() -> None:
-    first, _, expected = unbroken()
-    second, scorer = MemoryStore(evaluations=first.evaluations), AnalyticScorer()
-    assert run(second, scorer) == expected
-    assert not scorer.computed
-
-
-def test_seed_and_stage_change_the_path() -> None:
-    paths = [trace(unbroken(plan=plan)[0]) for plan in (PLAN, replace(PLAN, seed=8), replace(PLAN, stage=1))]
-    asked = [[candidate for rows in path.values() for candidate, _ in rows] for path in paths]
-    assert asked[0] != asked[1] != asked[2] != asked[0]
-
-
-def test_scores_are_token_weighted_and_summed_by_method() -> None:
-    _, scorer, result = unbroken()
-    assert set(result.scores) == {"selection", "test", SHORT}
-    for part, table in result.scores.items():
-        methods = dict(BASELINE_FACTORS)
-        if part != SHORT:
-            methods |= {
-                name + AT_STUDY_ATTENTION: replace(factors, attention_factor=STUDY_ATTENTION)
-                for name, factors in BASELINE_FACTORS.items()
-            }
-        methods["searched"] = result.winner.factors
-        assert result.without_n_hat is not None
-        methods[WITHOUT_N_HAT] = result.without_n_hat.factors
-        assert set(table) == set(methods)
-        for name, factors in methods.items():
-            weights = [on.length - 1 for on in DOCUMENTS[part]]
-            losses = [scorer.loss(factors, on) for on in DOCUMENTS[part]]
-            assert table[name].tokens == sum(weights)
-            assert table[name].loss == pytest.approx(np.average(losses, weights=weights), rel=1e-12)
-            assert table[name].perplexity == pytest.approx(math.exp(table[name].loss))
-
-
-def test_the_winner_is_the_best_finalist_on_the_selection_set() -> None:
-    store, scorer, result = unbroken()
-    losses = {c.factors: scorer.score(c.factors, "selection").loss for c in finalists(store)}
-    assert losses[result.winner.factors] == min(losses.values())
-    assert result.scores["selection"]["searched"].loss == min(losses.values())
-
-
-@pytest.mark.parametrize("seed", range(12))
-def test_the_winner_is_never_worse_on_selection_than_a_seed_or_a_baseline_on_the_grid(seed: int) -> None:
-    _, scorer, result = unbroken(sometimes, replace(PLAN, seed=seed, finalists=1))
-    searched = result.scores["selection"]["searched"].loss
-    assert searched <= min(scorer.score(snapped(factors), "selection").loss for factors in BASELINE_FACTORS.values())
-
-
-@pytest.mark.parametrize("name", ["pi", "none"])
-def test_a_seed_or_baseline_that_the_search_set_dislikes_can_win(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Last on the search documents, best on the selection documents: it is among the finalists all the same."""
-    target = snapped(BASELINE_FACTORS[name])
-    plain = AnalyticScorer.loss
-
-    def loss(self: AnalyticScorer, factors: Factors, on: Document) -> float:
-        if factors.lambdas == target.lambdas:
-            return 9.0 if on.name.startswith("search") else 1.0
-        return plain(self, factors, on)
-
-    monkeypatch.setattr(AnalyticScorer, "loss", loss)
-    _, _, result = unbroken(plan=replace(PLAN, finalists=1))
-    assert result.winner.factors == target
-
-
-def test_without_n_hat_is_the_best_that_leaves_no_start_token_untouched() -> None:
-    """n_hat 16 is worth 0.16 here; the one without is what a target that cannot hold n_hat gets."""
-    store, scorer = MemoryStore(), AnalyticScorer(best_n_hat=16)
-    scorer.loss = lambda factors, on: AnalyticScorer.loss(scorer, factors, on) - 0.01 * factors.n_hat  # type: ignore[method-assign]
-    result = run(store, scorer)
-    assert result.winner.factors.n_hat == 16
-    assert result.without_n_hat is not None
-    assert result.without_n_hat.factors.n_hat == 0
-    losses = [scorer.score(c.factors, "selection").loss for c in finalists(store) if c.factors.n_hat == 0]
-    assert len(losses) >= len(SEEDS)
-    assert result.scores["selection"][WITHOUT_N_HAT].loss == min(losses)
-    entered = [individual_of(candidate) for candidate in finalists(store)]
-    best = [individual_of(candidate) for candidate in finalists(store) if candidate.origin == "finalist"]
-    assert len(best) == PLAN.finalists
-    assert any(individual.n_hat for individual in best)
-    assert {Individual(individual.steps, 0) for individual in best} <= {*entered}
-
-
-def test_a_space_without_n_hat_0_has_no_such_row() -> None:
-    plan = replace(PLAN, space=replace(SPACE, n_hats=(4, 16)))
-    store, _, result = unbroken(plan=plan)
-    assert result.without_n_hat is None
-    assert WITHOUT_N_HAT not in result.scores["test"]
-    assert all(individual_of(candidate) in plan.space for candidate in finalists(store))
-
-
-def test_finalists_come_each_once() -> None:
-    store, _, _ = unbroken()
-    individuals = [individual_of(candidate) for candidate in finalists(store)]
-    assert len(set(individuals)) == len(individuals)
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_ties_on_the_selection_set_break_by_key(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = AnalyticScorer.loss
-    monkeypatch.setattr(
-        AnalyticScorer, "loss", lambda self, f, on: plain(self, f, on) if on.name.startswith("search") else 2.0
-    )
-    store, _, result = unbroken(plan=replace(PLAN, seed=seed))
-    assert individual_of(result.winner).key == min(individual_of(c).key for c in finalists(store))
-
-
-def test_failed_individuals_rank_last_and_stop_nothing() -> None:
-    store, scorer, result = unbroken(sometimes)
-    assert sum(scorer.failing(c.factors, DOCUMENTS["search"][1]) is not False for _, c in everyone(store)) > 3
-    assert drawn(result.winner.factors) >= 85
-    assert math.isfinite(result.scores["selection"]["searched"].loss)
-    assert all(math.isfinite(loss) for loss in result.history)
-    best = [c for c in finalists(store) if c.origin == "finalist"]
-    assert best
-    assert all(math.isfinite(scorer.score(c.factors, "search").loss) for c in best)
-
-
-def everyone(store: MemoryStore) -> list[tuple[int, Candidate]]:
+def units_of(candidates: Sequence[Candidate], documents: Sequence[Document], gradient: bool = False) -> list[Unit]:
     return [
-        (generation, candidate)
-        for (_, part, generation), written in store.generations.items()
-        if part == "search"
-        for candidate in written.candidates
+        Unit(evaluation_key("a", c.factors, on, gradient), c.factors, on, gradient)
+        for c in candidates
+        for on in documents
     ]
 
 
-@pytest.mark.parametrize("value", [None, math.inf, -math.inf, math.nan])
-def test_a_baseline_that_fails_is_a_row_with_a_reason(value: float | None) -> None:
-    none = BASELINE_FACTORS["none"].lambdas
-    _, _, result = unbroken(lambda factors, _: value if factors.lambdas == none else False)
-    row = result.scores["test"]["none"]
-    assert (row.loss, row.perplexity, row.failure) == (math.inf, math.inf, "test0 was too much")
-    assert math.isfinite(result.scores["test"]["searched"].loss)
+@dataclass(frozen=True)
+class Leave(Race):
+    """After each point, leave the candidates whose numbers are given; notes what it was shown."""
+
+    leaving: tuple[tuple[int, ...], ...] = ((1, 4), (2,))
+    shown: Any = None
+
+    def kept(self, losses: Sequence[Sequence[float]]) -> list[bool]:
+        point = len(self.shown)
+        self.shown.append([tuple(child) for child in losses])
+        alive = [all(math.isfinite(value) for value in child) for child in losses]
+        return [ok and i not in self.leaving[point] for i, ok in enumerate(alive)]
 
 
-def test_a_later_generation_that_overflows_as_a_whole_stops_nothing() -> None:
-    """One child a generation, and none of them has a finite loss: the first generation's scores stand."""
-    first = {candidate.factors for generation, candidate in everyone(unbroken()[0]) if generation == 0}
-    plan = replace(PLAN, evolution=replace(EVOLUTION, mutants=1, crosses=0))
-
-    def failing(factors: Factors, on: Document) -> float | bool | None:
-        return math.nan if on.name.startswith("search") and factors not in first else False
-
-    store, scorer, result = unbroken(failing, plan)
-    assert [generation for generation, _ in everyone(store)] == [0] * 6 + [1, 2, 3]
-    assert len(set(result.history)) == 1
-    assert math.isfinite(result.scores["selection"]["searched"].loss)
-    assert run(store, scorer, plan) == result
+def leaving(*points: tuple[int, ...], after: tuple[int, ...] = (1, 2)) -> Leave:
+    return Leave(Racing(after), (), 1, points, [])
 
 
-@pytest.mark.parametrize("part", ["search", "selection"])
-def test_where_all_overflow_the_first_reason_is_told(part: str) -> None:
-    def failing(_factors: Factors, on: Document) -> float | bool | None:
-        return math.nan if on.name.startswith(part) else False
-
-    store = MemoryStore()
-    for _ in range(2):  # a loss that is not finite is a value: it is not computed anew
-        with pytest.raises(LongRopeError, match=f"No candidate of {part} generation 0 .*{part}0 was too much"):
-            run(store, AnalyticScorer(failing=failing))
+def generation(
+    store: MemoryStore, scorer: AnalyticScorer, part: str = "search", number: int = 0, **how: Any
+) -> list[Score]:
+    store.life = scorer.life
+    watcher = how.pop("watcher", Watcher())
+    return score_generation(part, number, CANDIDATES, DOCUMENTS, scorer, store, watcher, **how)
 
 
-@pytest.mark.parametrize(("part", "generation"), [("search", 0), ("search", 2), ("selection", 0), ("test", 1)])
-def test_where_nothing_can_be_computed_the_reason_is_told_and_mending_it_goes_on(part: str, generation: int) -> None:
-    """It is the machine then, not the candidates: nothing of it stays."""
-    whole, _, expected = unbroken()
-    doomed = {c.factors for c in whole.generations[0, part, generation].candidates}
-
-    def failing(factors: Factors, on: Document) -> float | bool | None:
-        return None if on.name.startswith(part) and factors in doomed else False
-
-    store = MemoryStore()
-    for _ in range(2):
-        with pytest.raises(LongRopeError, match=f"could not be computed.*{part}[01] was too much"):
-            run(store, AnalyticScorer(failing=failing))
-    assert not store.failures
-    assert run(store, AnalyticScorer()) == expected
-    assert trace(store) == trace(whole)
+def expected(scorer: AnalyticScorer, candidate: Candidate, seen: int = 3) -> Score:
+    outcomes = [scorer.outcome(candidate.factors, on) for on in DOCUMENTS[:seen]]
+    return total(outcomes, 3)
 
 
-def test_a_machine_that_fails_is_not_asked_for_the_whole_generation() -> None:
-    scorer = AnalyticScorer(failing=lambda _factors, _on: None)
-    with pytest.raises(LongRopeError, match=f"{UNCOMPUTED_IN_A_ROW} evaluations in a row"):
-        run(MemoryStore(), scorer, replace(PLAN, evolution=replace(EVOLUTION, population=40)))
-    assert sum(scorer.computed.values()) == UNCOMPUTED_IN_A_ROW
+class TestScores:
+    def test_come_in_ask_order_whatever_finishes_first(self) -> None:
+        for order in (None, 0, 1):
+            scorer = AnalyticScorer(order=order)
+            assert generation(MemoryStore(), scorer) == [expected(scorer, c) for c in CANDIDATES]
+
+    def test_every_unit_is_asked_for_once_and_kept(self) -> None:
+        store, scorer = MemoryStore(), AnalyticScorer()
+        generation(store, scorer)
+        assert set(scorer.computed.values()) == {1}
+        assert sum(scorer.computed.values()) == len(CANDIDATES) * len(DOCUMENTS)
+        assert store.evaluations.keys() == scorer.computed.keys()
+        again = AnalyticScorer()
+        assert generation(store, again) == generation(MemoryStore(), AnalyticScorer())
+        assert not again.computed
+
+    def test_candidates_that_are_alike_share_their_units(self) -> None:
+        store, scorer = MemoryStore(), AnalyticScorer()
+        twins = [CANDIDATES[0], replace(CANDIDATES[0], origin="again"), CANDIDATES[1]]
+        scores = score_generation("search", 0, twins, DOCUMENTS, scorer, store, Watcher())
+        assert scores[0] == scores[1] == expected(scorer, CANDIDATES[0])
+        assert sum(scorer.computed.values()) == 2 * len(DOCUMENTS)
+
+    @pytest.mark.parametrize(
+        ("part", "number", "needed"),
+        [
+            ("search", 0, True),
+            ("search", 3, False),
+            (SEARCH_SHORT, 0, True),
+            (SEARCH_SHORT, 3, False),
+            (REFINED, 0, False),
+            (REFINED, 2, False),
+            ("selection", 0, True),
+            ("test", 1, True),
+        ],
+    )
+    def test_a_generation_of_failures_stops_what_nothing_else_can_stand_for(
+        self, part: str, number: int, needed: bool
+    ) -> None:
+        scorer = AnalyticScorer(failing=lambda _factors, _on: math.nan)
+        if needed:
+            with pytest.raises(LongRopeError, match=f"No candidate of {part} generation {number} .* too much"):
+                generation(MemoryStore(), scorer, part, number)
+        else:
+            assert {score.loss for score in generation(MemoryStore(), scorer, part, number)} == {math.inf}
+
+    def test_a_scorer_that_leaves_a_unit_out_is_a_bug_and_not_a_score(self) -> None:
+        class Forgetful(AnalyticScorer):
+            def evaluate(self, units: Sequence[Unit], spare: Sequence[Unit] = ()) -> Iterator[Outcome]:
+                return super().evaluate(units[1:], spare)
+
+        with pytest.raises(RuntimeError, match="without an outcome"):
+            run(MemoryStore(), Forgetful())
 
 
-def test_many_that_cannot_be_computed_between_others_that_can_stop_nothing() -> None:
-    """Four in ten of forty candidates fail on every document, but never sixteen evaluations in a row."""
+class TestRaces:
+    def test_a_candidate_is_scored_up_to_the_point_where_it_was_left(self) -> None:
+        store, scorer, watcher = MemoryStore(), AnalyticScorer(), Watcher()
+        race = leaving((1, 4), (0, 2))  # the second time of the ten that are left: numbers 0 and 3
+        scores = generation(store, scorer, race=race, watcher=watcher)
+        left = {1: 1, 4: 1, 0: 2, 3: 2}
+        for i, (candidate, score) in enumerate(zip(CANDIDATES, scores, strict=True)):
+            assert score == expected(scorer, candidate, left.get(i, 3))
+            assert score.raced_out == (i in left)
+            assert score.documents == len(score.by_document) == left.get(i, 3)
+            assert math.isfinite(score.loss) == (i not in left)
+            assert (score.failure is None) == (i not in left)
+        assert scores[1].failure == "raced out after 1 of 3 documents"
+        assert sum(scorer.computed.values()) == sum(score.documents for score in scores) == 3 * 12 - 2 * 2 - 2
+        assert watcher.dropped == [("search", 0, 4)]
+        assert watcher.started == [("search", 0, 36, 36)]
 
-    def failing(factors: Factors, on: Document) -> float | bool | None:
-        return None if on.name.startswith("search") and drawn(factors) < 110 else False
+    def test_the_rule_is_shown_losses_in_ask_order_of_those_still_in(self) -> None:
+        for order in (None, 3):
+            scorer = AnalyticScorer(order=order)
+            race = leaving((1, 4), ())
+            generation(MemoryStore(), scorer, race=race)
+            first, second = race.shown
+            assert first == [expected(scorer, c, 1).by_document for c in CANDIDATES]
+            assert second == [expected(scorer, c, 2).by_document for i, c in enumerate(CANDIDATES) if i not in (1, 4)]
 
-    plan = replace(PLAN, evolution=replace(EVOLUTION, population=40, generations=0), seed=2)
-    store, scorer, result = unbroken(failing, plan)
-    assert len(store.failures) > 2 * UNCOMPUTED_IN_A_ROW
-    assert math.isfinite(result.history[0])
-    again = AnalyticScorer(failing=failing)
-    assert run(store, again, plan) == result
-    assert not again.computed
-    assert sum(scorer.computed.values()) == result.forwards - repeated(store)
+    def test_points_beyond_the_documents_decide_nothing(self) -> None:
+        race = leaving((0,), after=(1, 3, 4))
+        generation(MemoryStore(), AnalyticScorer(), race=race)
+        assert len(race.shown) == 1
+        assert leaving(after=(2, 3)).points(2) == []
+
+    def test_what_the_store_knows_of_one_that_is_left_does_not_count(self) -> None:
+        """Another study may have scored it on all documents; the path must not depend on that."""
+        store = MemoryStore()
+        whole, raced = AnalyticScorer(), AnalyticScorer()
+        generation(store, whole)
+        second = MemoryStore(evaluations=store.evaluations)
+        scores = generation(second, raced, race=leaving((1, 4), ()))
+        assert not raced.computed
+        assert scores == generation(MemoryStore(), AnalyticScorer(), race=leaving((1, 4), ()))
+        assert scores[4].documents == 1
+
+    @pytest.mark.parametrize("value", [None, math.nan, math.inf])
+    def test_one_that_failed_is_not_scored_on_and_not_called_raced_out(self, value: float | None) -> None:
+        bad = CANDIDATES[5].factors
+        scorer = AnalyticScorer(failing=lambda f, on: value if f == bad and on == DOCUMENTS[0] else False)
+        watcher = Watcher()
+        scores = generation(MemoryStore(), scorer, race=leaving((), ()), watcher=watcher)
+        assert scores[5] == Score(math.inf, 0, "search0 was too much", (), 1)
+        assert watcher.dropped == []
+        assert sum(scorer.computed.values()) == 36 - 2
+
+    def test_interrupted_between_decisions_it_decides_the_same(self) -> None:
+        whole = MemoryStore()
+        scores = generation(whole, AnalyticScorer(), race=leaving((1, 4), (0, 2)))
+        for left in range(0, 60, 2):
+            store, first, second = MemoryStore(), AnalyticScorer(life=Life(left), order=left), AnalyticScorer()
+            with pytest.raises(Interrupted):
+                generation(store, first, race=leaving((1, 4), (0, 2)))
+            assert generation(store, second, race=leaving((1, 4), (0, 2))) == scores
+            assert store.evaluations == whole.evaluations
+            assert sum((first.computed & second.computed).values()) <= 1
 
 
-def repeated(store: MemoryStore) -> int:
-    """Units whose key another unit has too: a winner and its row, a baseline with the study's attention factor."""
-    keys = [key for written in store.generations.values() for row in written.keys for key in row]
-    return len(keys) - len(set(keys))
+SELECTION = [document("selection", 0, 500), document("selection", 1, 300)]
 
 
-def test_what_could_not_be_computed_before_the_process_died_is_tried_again() -> None:
-    """A failure is final with its generation only."""
-    store = MemoryStore()
+class TestSpareUnits:
+    spare = units_of(CANDIDATES[:3], SELECTION)
+
+    def test_what_comes_of_them_is_kept_for_later(self) -> None:
+        store, scorer = MemoryStore(), AnalyticScorer(eager=4)
+        assert generation(store, scorer, spare=self.spare) == generation(MemoryStore(), AnalyticScorer())
+        assert {unit.key for unit in self.spare} & store.evaluations.keys() == {self.spare[i].key for i in (0, 2)}
+        later = score_generation("selection", 0, CANDIDATES[:3], SELECTION, scorer, store, Watcher())
+        assert later == [total([scorer.outcome(c.factors, on) for on in SELECTION]) for c in CANDIDATES[:3]]
+        assert set(scorer.computed.values()) == {1}
+
+    def test_they_are_offered_again_at_the_next_point_but_for_those_that_came(self) -> None:
+        offered: list[list[str]] = []
+
+        class Noting(AnalyticScorer):
+            def evaluate(self, units: Sequence[Unit], spare: Sequence[Unit] = ()) -> Iterator[Outcome]:
+                offered.append([unit.key for unit in spare])
+                return super().evaluate(units, spare)
+
+        generation(MemoryStore(), Noting(eager=2), race=leaving((), ()), spare=self.spare)
+        keys = [unit.key for unit in self.spare]
+        assert offered[0] == keys
+        assert offered[1] == keys[1:]
+        assert keys[1] not in offered[2]
+
+    def test_none_is_asked_for_where_nothing_else_is_to_do(self) -> None:
+        store = MemoryStore()
+        generation(store, AnalyticScorer())
+        scorer = AnalyticScorer(eager=4)
+        generation(store, scorer, spare=self.spare)
+        assert not scorer.computed
+
+    def test_one_that_fails_is_nobodys_failure(self) -> None:
+        """Neither kept, nor counted towards a machine that computes nothing, nor told to the observer."""
+        store, watcher = MemoryStore(), Watcher()
+        scorer = AnalyticScorer(eager=99, failing=lambda _, on: None if on in SELECTION else False)
+        spare = units_of(CANDIDATES, [document("selection", i, 100) for i in range(4)])
+        scorer.failing = lambda _, on: None if on.name.startswith("selection") else False
+        scores = generation(store, scorer, spare=spare, watcher=watcher)
+        assert scores == generation(MemoryStore(), AnalyticScorer())
+        assert not store.failures
+        assert len(watcher.outcomes) == 36
+        assert sum(scorer.computed.values()) > 36 + UNCOMPUTED_IN_A_ROW
+
+    def test_one_of_an_earlier_generation_may_come_with_units_that_ask_for_it(self) -> None:
+        store, scorer = MemoryStore(), AnalyticScorer(eager=99)
+        generation(store, scorer, spare=self.spare)
+        assert scorer.late
+        late = dict(scorer.late)
+        watcher = Watcher()
+        score_generation("selection", 0, CANDIDATES[:3], SELECTION, scorer, store, watcher)
+        assert {outcome.key for outcome in watcher.outcomes} == late.keys()
+        assert set(scorer.computed.values()) == {1}
+
+
+class TestGradients:
+    def gradients(
+        self, store: MemoryStore, scorer: AnalyticScorer, number: int = 0, watcher: Watcher | None = None
+    ) -> list[list[Outcome]]:
+        store.life = scorer.life
+        documents, who = DOCUMENTS[:1], watcher or Watcher()
+        return score_gradients(REFINE, number, CANDIDATES[:2], documents, scorer, store, who)
+
+    def test_come_by_candidate_and_document_and_are_kept_under_keys_of_their_own(self) -> None:
+        store, scorer = MemoryStore(), AnalyticScorer()
+        rows = self.gradients(store, scorer)
+        for (outcome,), candidate in zip(rows, CANDIDATES, strict=False):
+            assert outcome.gradient == scorer.gradient(candidate.factors, DOCUMENTS[0])
+            assert outcome.key == evaluation_key("a", candidate.factors, DOCUMENTS[0], gradient=True)
+        assert self.gradients(store, AnalyticScorer(failing=lambda *_: None)) == rows
+        plain = score_generation("search", 0, CANDIDATES[:2], DOCUMENTS[:1], scorer, store, Watcher())
+        assert [score.nll for score in plain] == [outcome.nll for (outcome,) in rows]
+        assert set(scorer.computed.values()) == {1}
+        assert len(scorer.computed) == 4
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf])
+    def test_one_that_is_not_finite_is_an_outcome_without(self, value: float) -> None:
+        scorer = AnalyticScorer(failing=lambda _, __: value)
+        store = MemoryStore()
+        assert all(outcome.gradient is None for (outcome,) in self.gradients(store, scorer))
+        assert len(store.evaluations) == 2
+
+    def test_one_that_cannot_be_computed_beside_one_that_can_is_final_with_its_step(self) -> None:
+        bad = CANDIDATES[1].factors
+        store, scorer = MemoryStore(), AnalyticScorer(failing=lambda f, _: None if f == bad else False)
+        (first,), (second,) = self.gradients(store, scorer)
+        assert first.gradient is not None
+        assert (second.nll, second.gradient, second.failure) == (None, None, "search0 was too much")
+        assert self.gradients(store, AnalyticScorer()) == [[first], [second]]
+
+    def test_where_none_can_be_computed_the_reason_is_told_and_mending_it_goes_on(self) -> None:
+        store = MemoryStore()
+        with pytest.raises(LongRopeError, match=r"could not be computed.*search0 was too much"):
+            self.gradients(store, AnalyticScorer(failing=lambda *_: None))
+        assert not store.failures
+        assert self.gradients(store, AnalyticScorer()) == self.gradients(MemoryStore(), AnalyticScorer())
+
+    def test_the_observer_is_told(self) -> None:
+        watcher = Watcher()
+        rows = self.gradients(MemoryStore(), AnalyticScorer(), 7, watcher)
+        assert watcher.started == [(REFINE, 7, 2, 2)]
+        assert watcher.outcomes == [outcome for (outcome,) in rows]
+        assert [entry[:3] for entry in watcher.finished] == [(REFINE, 7, CANDIDATES[0])]
+
+
+@pytest.mark.parametrize("work", [generation, TestGradients().gradients])
+def test_after_a_change_of_fingerprint_the_rest_goes_on_under_new_keys(
+    work: Callable[[MemoryStore, AnalyticScorer], Any],
+) -> None:
+    store, before, after = MemoryStore(), AnalyticScorer(life=Life(4)), AnalyticScorer(fingerprint="b")
     with pytest.raises(Interrupted):
-        run(store, AnalyticScorer(failing=lambda f, _: None if drawn(f) < 128 else False), life=Life(10))
-    assert run(store, AnalyticScorer()) == unbroken()[2]
-
-
-@pytest.mark.parametrize("left", [0, 1, 2, 9, 14, 30, 40, 50, 60])
-def test_a_changed_fingerprint_goes_on_under_new_keys_and_keeps_what_is_known(left: int) -> None:
-    whole, _, expected = unbroken(sometimes)
-    store, before, after = MemoryStore(), AnalyticScorer(failing=sometimes), AnalyticScorer(failing=sometimes)
-    with pytest.raises(Interrupted):
-        run(store, before, life=Life(left))
-    known = {**store.evaluations, **store.failures}
-    after.fingerprint = "b"
-    assert run(store, after) == expected
-    assert trace(store) == trace(whole)
-    assert not known.keys() & after.computed.keys()
-    assert set(after.computed.values()) <= {1}
-    for written in store.generations.values():
-        for candidate, row in zip(written.candidates, written.keys, strict=True):
-            for on, key in zip(written.documents, row, strict=True):
-                old = evaluation_key("a", candidate.factors, on)
-                new = evaluation_key("b", candidate.factors, on)
-                assert key == new or (key == old and old in known)
-    again = AnalyticScorer(failing=sometimes, fingerprint="c")
-    assert run(store, again) == expected
-    assert not again.computed
-
-
-@pytest.mark.parametrize("left", [1, 9, 60])
-def test_new_keys_that_another_study_computed_are_found(left: int) -> None:
-    shared: dict[str, Outcome] = {}
-    run(MemoryStore(evaluations=shared), AnalyticScorer(fingerprint="b"))
-    store, after = MemoryStore(evaluations=shared), AnalyticScorer(fingerprint="b")
-    with pytest.raises(Interrupted):
-        run(store, AnalyticScorer(), life=Life(left))
-    assert run(store, after) == unbroken()[2]
-    assert not after.computed
-
-
-@dataclass
-class Watcher:
-    """An observer that counts."""
-
-    started: list[tuple[str, int, int, int]] = field(default_factory=list)
-    outcomes: list[Outcome] = field(default_factory=list)
-    finished: list[tuple[str, int, Candidate, Score]] = field(default_factory=list)
-
-    def generation_started(self, part: str, generation: int, units: int, pending: int) -> None:
-        self.started.append((part, generation, units, pending))
-
-    def evaluated(self, outcome: Outcome) -> None:
-        self.outcomes.append(outcome)
-
-    def generation_finished(self, part: str, generation: int, best: Candidate, score: Score) -> None:
-        self.finished.append((part, generation, best, score))
-
-
-def test_the_observer_is_told_all_and_changes_nothing() -> None:
-    store, scorer, watcher = MemoryStore(), AnalyticScorer(failing=sometimes), Watcher()
-    result = run_search(PLAN, DOCUMENTS, scorer, store, watcher)
-    assert result == unbroken(sometimes)[2]
-    assert watcher.started[0] == ("search", 0, 12, 12)
-    assert sum(units for _, _, units, _ in watcher.started) == result.forwards
-    assert sum(pending for *_, pending in watcher.started) == len(watcher.outcomes) == sum(scorer.computed.values())
-    assert [entry[:2] for entry in watcher.finished] == [entry[:2] for entry in watcher.started]
-    for part, generation, best, score in watcher.finished:
-        candidates = store.generations[0, part, generation].candidates
-        assert score == scorer.score(best.factors, part)
-        assert score.loss == min(scorer.score(c.factors, part).loss for c in candidates)
-
-
-def test_a_scorer_that_leaves_a_unit_out_is_a_bug_and_not_a_score() -> None:
-    class Forgetful(AnalyticScorer):
-        def evaluate(self, units: Sequence[Unit]) -> Iterator[Outcome]:
-            return super().evaluate(units[1:])
-
-    with pytest.raises(RuntimeError, match="without an outcome"):
-        run(MemoryStore(), Forgetful())
+        work(store, before)
+    known = set(store.evaluations)
+    assert len(known) == 1
+    work(store, after)
+    assert len(after.computed) == len(store.units()) - 1
+    assert set(store.units()) == known | after.computed.keys()
 
 
 def test_a_total_is_over_tokens() -> None:
-    assert total([Outcome("a", 30.0, 10), Outcome("b", 10.0, 30)]) == Score(40.0, 40)
-    assert total([Outcome("a", 30.0, 10), Outcome("b", 10.0, 30)]).loss == 1.0
+    score = total([Outcome("a", 30.0, 10), Outcome("b", 10.0, 30)])
+    assert score == Score(40.0, 40, None, (30.0, 10.0), 2)
+    assert (score.loss, score.perplexity) == (1.0, math.e)
     assert total([Outcome("a", 800.0, 1)]).perplexity == math.inf
+
+
+def test_a_total_of_fewer_documents_is_one_that_was_raced_out() -> None:
+    score = total([Outcome("a", 30.0, 10)], documents=2)
+    assert score == Score(math.inf, 0, "raced out after 1 of 2 documents", (30.0,), 1, raced_out=True)
+    assert (score.loss, score.perplexity) == (math.inf, math.inf)
+    assert total([Outcome("a", 30.0, 10), Outcome("b", 10.0, 30)], documents=2).failure is None
 
 
 @pytest.mark.parametrize(
@@ -676,11 +340,14 @@ def test_a_total_is_over_tokens() -> None:
 def test_one_failure_fails_the_candidate(broken: Outcome, reason: str) -> None:
     score = total([Outcome("a", 1.0, 9), broken, Outcome("c", 1.0, 9)])
     assert (score.loss, score.perplexity, score.failure) == (math.inf, math.inf, reason)
+    assert (score.by_document, score.documents, score.raced_out) == ((1.0,), 3, False)
+    assert not total([broken], documents=3).raced_out
 
 
 def test_a_key_names_fingerprint_document_and_factors_and_their_borders() -> None:
     on = Document("a", "ab", 8)
     factors = Factors((1.0, 2.0), 4, 1.25)
+    spans = ((1, 3), (5, 6))
     keys: Mapping[str, str] = {
         "itself": evaluation_key("f", factors, on),
         "fingerprint": evaluation_key("g", factors, on),
@@ -689,6 +356,10 @@ def test_a_key_names_fingerprint_document_and_factors_and_their_borders() -> Non
         "lambdas": evaluation_key("f", replace(factors, lambdas=(1.0, math.nextafter(2.0, 3.0))), on),
         "n_hat": evaluation_key("f", replace(factors, n_hat=5), on),
         "attention factor": evaluation_key("f", replace(factors, attention_factor=1.2500001), on),
+        "gradient": evaluation_key("f", factors, on, gradient=True),
+        "spans": evaluation_key("f", factors, replace(on, spans=spans)),
+        "other spans": evaluation_key("f", factors, replace(on, spans=((1, 3), (5, 7)))),
+        "both": evaluation_key("f", factors, replace(on, spans=spans), gradient=True),
     }
     assert len(set(keys.values())) == len(keys)
     assert evaluation_key("f", factors, replace(on, name="another name")) == keys["itself"]

@@ -125,6 +125,34 @@ class TestAddresses:
         assert expected in self.refusal(url)
 
 
+class TestReading:
+    """What only reads makes no store."""
+
+    @pytest.mark.parametrize("content", [None, b""])
+    def test_there_is_none(self, tmp_path: Path, content: bytes | None) -> None:
+        path = tmp_path / "store.db"
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(LongRopeError) as info:
+            Repository(f"sqlite:///{path}", create=False)
+        assert str(info.value) == f"There is no store at sqlite:///{path}; `longrope launch` makes one."
+        assert path.exists() is (content is not None)
+
+    def test_a_database_of_something_else(self, tmp_path: Path) -> None:
+        with sqlite3.connect(tmp_path / "store.db") as connection:
+            connection.execute("CREATE TABLE letters (id)")
+        with pytest.raises(LongRopeError, match="There is no store"):
+            Repository(f"sqlite:///{tmp_path / 'store.db'}", create=False)
+        tables = sqlite3.connect(tmp_path / "store.db").execute("SELECT name FROM sqlite_master").fetchall()
+        assert tables == [("letters",)]
+
+    def test_there_is_one(self, repository: Repository, store_url: str) -> None:
+        repository.create_study("s", "search", {"kept": 1})
+        reader = Repository(store_url, create=False)
+        assert reader.study("s").settings == {"kept": 1}
+        reader.close()
+
+
 def fill(store: StudyStore) -> None:
     for i in range(2000):
         store.record(Outcome(f"more {i}", 1.0, 63))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small_study import statements
 from sqlalchemy import Engine, create_engine, event, select, update
 from sqlalchemy.orm import Session
 
@@ -227,6 +228,46 @@ with Repository({store_url!r}).open_study("s") as store:
             assert column(database, Study.lease_owner) == asdict(HERE)
 
 
+class TestStatus:
+    """A study that nobody finished runs while a live driver holds it, and else is stopped."""
+
+    def statuses(self, repository: Repository) -> set[str]:
+        return {repository.study("s").status, *(summary.status for summary in repository.studies())}
+
+    def test_held_and_released(self, repository: Repository) -> None:
+        assert self.statuses(repository) == {"stopped"}
+        with repository.open_study("s") as store:
+            assert self.statuses(repository) == {"running"}
+            store.finish({})
+            assert self.statuses(repository) == {"finished"}
+        assert self.statuses(repository) == {"finished"}
+
+    @pytest.mark.parametrize(
+        ("change", "silence", "expected"),
+        [
+            ({}, 1e6, "running"),
+            ({"started": "1"}, 0, "stopped"),
+            ({"host": "elsewhere"}, 50, "running"),
+            ({"host": "elsewhere"}, 70, "stopped"),
+        ],
+    )
+    def test_by_its_owner(
+        self, repository: Repository, database: Engine, change: dict[str, Any], silence: float, expected: str
+    ) -> None:
+        seize(database, replace(HERE, **change), silence)
+        assert self.statuses(repository) == {expected}
+
+    def test_looking_writes_nothing(self, repository: Repository, database: Engine) -> None:
+        seize(database, replace(HERE, started="1"))
+        with database.connect() as connection:
+            before = connection.execute(select(Study.__table__)).all()
+        with statements() as sent:
+            assert self.statuses(repository) == {"stopped"}
+        assert {statement.split()[0] for statement in sent} == {"SELECT"}
+        with database.connect() as connection:
+            assert connection.execute(select(Study.__table__)).all() == before
+
+
 class TestHolding:
     def test_heartbeats(self, repository: Repository, database: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(lease, "HEARTBEAT_SECONDS", 0.01)
@@ -284,7 +325,7 @@ class TestHolding:
                     write()
             assert store.candidates(0, "search", 1) is None
             assert store.outcomes(0, "search", 0) == [[None]]
-        assert repository.study("s").status == "running"
+        assert column(database, Study.status) == "running"
         assert column(database, Study.lease_token) == "another", "the end of the loser does not free the winner's lease"
 
     def test_a_deleted_study_refuses_writes(self, repository: Repository, database: Engine) -> None:

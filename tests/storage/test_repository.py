@@ -6,6 +6,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,14 @@ from small_study import (
 from sqlalchemy import Engine
 
 from searcher.baselines import ntk, pi
+from searcher.descent import Refinement
 from searcher.errors import LongRopeError
 from searcher.evolution import Evolution
+from searcher.racing import Racing
 from searcher.rope import RopeSpec
+from searcher.search import SearchPlan, SearchResult, run_search
 from searcher.space import SearchSpace
-from searcher.study import PARTS, Document, Outcome, SearchPlan, SearchResult, Unit, run_search
+from searcher.study import PARTS, Document, Outcome, Unit
 from storage.repository import Repository
 
 
@@ -44,7 +48,7 @@ class TestStudies:
         repository.create_study("s", "search", options)
         record = repository.study("s")
         assert (record.name, record.kind, record.settings) == ("s", "search", options)
-        assert (record.profile, record.status, record.result) == (None, "running", None)
+        assert (record.profile, record.status, record.result) == (None, "stopped", None)
         assert record.created_at == record.updated_at
         assert record.created_at.utcoffset() == timedelta(0)
         assert before <= record.created_at <= datetime.now(UTC)
@@ -105,11 +109,13 @@ class TestStudies:
         with statements() as sent:
             empty, first, second = repository.studies()
         assert len(sent) <= 2, "no query for each study"
-        assert (empty.name, empty.kind, empty.status) == ("empty", "extend", "running")
-        assert (empty.candidates, empty.units, empty.done, empty.failed) == (0, 0, 0, 0)
+        assert (empty.name, empty.kind, empty.status) == ("empty", "extend", "stopped")
+        assert (empty.candidates, empty.units, empty.done, empty.failed, empty.dropped, empty.skipped) == (0,) * 6
         assert (first.name, first.status) == ("one", "finished")
         assert (first.candidates, first.units, first.done, first.failed) == (3, UNIT_COUNT, 3, 2)
         assert (second.candidates, second.units, second.done, second.failed) == (3, UNIT_COUNT, 2, 1)
+        assert (first.dropped, first.skipped) == (1, 3), "of a candidate that has not failed, and of one that has"
+        assert (second.dropped, second.skipped) == (0, 0)
         assert first.updated_at > first.created_at
         assert first.created_at.utcoffset() == timedelta(0)
 
@@ -166,12 +172,16 @@ class CountingScorer:
 
     fingerprint = "f"
 
-    def __init__(self, stop_after: int = 10**9) -> None:
+    def __init__(self, stop_after: int = 10**9, odds: int = 13) -> None:
         self.left = stop_after
+        self.odds = odds
         self.seen: Counter[str] = Counter()
 
-    def evaluate(self, units: Sequence[Unit]) -> Iterator[Outcome]:
-        order = random.Random(self.left).sample(list(units), len(units))  # workers finish in any order
+    def evaluate(self, units: Sequence[Unit], spare: Sequence[Unit] = ()) -> Iterator[Outcome]:
+        chance = random.Random(self.left)
+        order = chance.sample(list(units), len(units))  # workers finish in any order
+        fresh = [unit for unit in spare if unit.key not in self.seen]
+        order[1:1] = chance.sample(fresh, min(2, len(fresh)))
         for unit in order:
             if self.left == 0:
                 raise KeyboardInterrupt
@@ -179,56 +189,94 @@ class CountingScorer:
             self.seen[unit.key] += 1
             yield self.outcome(unit)
 
-    @staticmethod
-    def outcome(unit: Unit) -> Outcome:
-        fate = int(unit.key[:4], 16) % 13
-        if fate == 0:
+    def outcome(self, unit: Unit) -> Outcome:
+        fate = int(unit.key[:4], 16) % self.odds
+        if fate == 0 and not unit.gradient:  # a step that cannot be computed ends a run
             return Outcome(unit.key, None, 0, failure="the worker died")
         if fate == 1:
             return Outcome(unit.key, math.nan, 10, failure="overflow")
-        size = sum(abs(math.log(v) - 0.3 * i) for i, v in enumerate(unit.factors.by_layer()[0]))
-        return Outcome(unit.key, size * (1 + len(unit.document.name)) + unit.factors.n_hat / 7, 10)
+        gaps = [math.log(v) - 0.3 * i for i, v in enumerate(unit.factors.by_layer()[0])]
+        steep = 1 + len(unit.document.name)
+        nll = steep * sum(gap * gap for gap in gaps) + unit.factors.n_hat / 7
+        if not unit.gradient:
+            return Outcome(unit.key, nll, 10, 1.0)
+        slopes = (*(2 * steep * gap for gap in gaps), math.nan if fate == 2 else 0.0)
+        return Outcome(unit.key, nll, 10, 3.0, gradient=slopes)
+
+
+SPEC = RopeSpec(10000.0, 12, 64, 2)
+SEEDS = {"pi": pi(SPEC, 8.0), "ntk": ntk(SPEC, 8.0)}
+PLAIN = SearchPlan(
+    evolution=Evolution(population=6, mutants=3, crosses=3, parents=3, generations=3),
+    space=SearchSpace.for_scale(6, 8.0),
+    attention_factor=1.1,
+    seeds=SEEDS,
+    baselines=SEEDS,
+    seed=5,
+    finalists=2,
+)
+REFINED = replace(
+    PLAIN,
+    evolution=Evolution(population=16, mutants=8, crosses=8, parents=3, generations=3),
+    refinement=Refinement(steps=6, legs=2, final_legs=1, starts=2),
+    racing=Racing(after=(1, 2), caution=0.5),
+)
 
 
 class TestWholeSearch:
-    def plan(self) -> SearchPlan:
-        spec = RopeSpec(10000.0, 12, 64, 2)
-        seeds = {"pi": pi(spec, 8.0), "ntk": ntk(spec, 8.0)}
-        evolution = Evolution(population=6, mutants=3, crosses=3, parents=3, generations=3)
-        return SearchPlan(evolution, SearchSpace.for_scale(6, 8.0), 1.1, seeds, seeds, seed=5, finalists=2)
-
-    def run(self, url: str, scorer: CountingScorer) -> SearchResult:
-        parts = {part: [Document(part * (i + 1), f"{part} {i}", 11) for i in range(2)] for part in PARTS}
+    def run(self, url: str, plan: SearchPlan, scorer: CountingScorer) -> SearchResult:
+        parts = {part: [Document(part * (i + 1), f"{part} {i}", 11) for i in range(3)] for part in PARTS}
         repository = Repository(url)
         try:
             with repository.open_study("s") as store:
-                return run_search(self.plan(), parts, scorer, store)
+                result = run_search(plan, parts, scorer, store)
+                store.finish({})
+                return result
         finally:
             repository.close()
 
-    def test_interrupted_anywhere_it_takes_the_same_path(self, tmp_path: Path) -> None:
-        results, tables, seen = [], [], []
-        for name, stop_after in (("whole", 10**9), ("cut", 7)):
+    @pytest.mark.parametrize(
+        ("plan", "cut", "odds"), [(PLAIN, 17, 13), (REFINED, 61, 41)], ids=["evolution", "refined and raced"]
+    )
+    def test_interrupted_anywhere_it_takes_the_same_path(
+        self, tmp_path: Path, plan: SearchPlan, cut: int, odds: int
+    ) -> None:
+        results, tables, paths = [], [], []
+        for name, stop_after in (("whole", 10**9), ("cut", cut)):
             url = f"sqlite:///{tmp_path}/{name}.db"
             repository = Repository(url)
             repository.create_study("s", "search", {})
             computed: Counter[str] = Counter()
             while True:
-                scorer = CountingScorer(stop_after)
+                scorer = CountingScorer(stop_after, odds)
                 try:
-                    results.append(self.run(url, scorer))
+                    results.append(self.run(url, plan, scorer))
                     break
                 except KeyboardInterrupt:
                     pass
                 finally:
                     computed += scorer.seen
-            seen.append(computed)
             tables.append(repository.generations("s"))
+            paths.append((repository.cost("s"), repository.trajectory("s")))
             repository.close()
+            again = {key for key, times in computed.items() if times > 1}  # tried again while its generation lasts
+            assert all(int(key[:4], 16) % odds == 0 for key in again), "no value is computed twice"
         assert results[0] == results[1]
         assert tables[0] == tables[1]
-        assert set(seen[0].values()) == {1}
-        uncomputable = {key for key, times in seen[1].items() if times > 1}  # tried again while its generation lasts
-        assert seen[0].keys() == seen[1].keys()
-        assert uncomputable <= {key for key in seen[0] if int(key[:4], 16) % 13 == 0}, "no value is computed twice"
+        assert paths[0] == paths[1]
         assert {row.failure for row in tables[0]} == {None, "the worker died", "overflow"}
+
+    def test_the_store_counts_as_the_driver_does(self, repository: Repository, store_url: str) -> None:
+        repository.create_study("s", "search", {})
+        result = self.run(store_url, REFINED, CountingScorer(odds=2**16))
+        found, cost, path = repository.generations("s"), repository.cost("s"), repository.trajectory("s")
+        assert result.gradients == cost.gradients == (2 * 2 + 1) * 6
+        assert result.dropped == sum(row.dropped for row in found) > 0
+        assert result.forwards == cost.forwards
+        assert cost.multiple == pytest.approx(3.0)
+        assert (path[-1].forwards, path[-1].gradients) == (cost.forwards, cost.gradients)
+        assert path[-1].loss == min(result.history)
+        assert [point.loss for point in path] == sorted((point.loss for point in path), reverse=True)
+        (summary,) = repository.studies()
+        assert summary.dropped == result.dropped
+        assert summary.done + summary.skipped == summary.units

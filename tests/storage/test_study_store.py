@@ -8,6 +8,7 @@ import struct
 import threading
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -172,6 +173,45 @@ class TestOutcomes:
             assert known(one)[0][0] == lost, "another study's value must not change this one's trajectory"
             one.add_generation(0, "search", 1, CANDIDATES[:1], DOCUMENTS, KEYS[:1])
             assert known(one, 1) == [[lost, None]]
+
+    def test_gradients_come_back_to_the_last_bit(self, repository: Repository) -> None:
+        outcome = Outcome(KEYS[0][0], 12.5, 63, 0.25, "w", gradient=(0.1, -1 / 3, 5e-324, 1.7976931348623157e308, 0.0))
+        with study(repository, "one") as one, study(repository, "two") as two:
+            one.record(outcome)
+            one.record(Outcome(KEYS[0][1], 1.0, 31))
+            assert same(known(one)[0][0], outcome)
+            assert same(known(two)[0][0], outcome)
+            assert known(two)[0][1] == Outcome(KEYS[0][1], 1.0, 31)
+
+    def test_any_sequence_of_numbers_is_a_gradient(self, repository: Repository) -> None:
+        gradient: Any = np.array([0.1, 1 / 3], dtype=np.float32)
+        with study(repository) as store:
+            store.record(Outcome(KEYS[0][0], 1.0, 63, gradient=gradient))
+            assert known(store)[0][0] == Outcome(KEYS[0][0], 1.0, 63, gradient=tuple(gradient.tolist()))
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+    @pytest.mark.parametrize(("failure", "reason"), [("overflow", "overflow"), (None, "the gradient is not finite")])
+    def test_a_gradient_that_is_not_finite_is_a_failure_that_keeps_its_loss(
+        self, repository: Repository, value: float, failure: str | None, reason: str
+    ) -> None:
+        with study(repository) as store:
+            store.record(Outcome(KEYS[0][0], 12.5, 63, 1.0, "w", failure, (1.0, value)))
+            store.record(Outcome(KEYS[0][1], math.inf, 31, 1.0, "w", failure, (1.0, 2.0)))
+            first, second = known(store)[0]
+        assert first == Outcome(KEYS[0][0], 12.5, 63, 1.0, "w", reason, None)
+        assert same(second, Outcome(KEYS[0][1], math.nan, 31, 1.0, "w", failure or "the loss is not finite", None))
+
+    def test_which_keys_need_no_computing(self, repository: Repository) -> None:
+        lost, value, others, own = KEYS[0][0], KEYS[0][1], KEYS[1][0], KEYS[1][1]
+        with study(repository, "one") as one, study(repository, "two") as two:
+            one.record(Outcome(lost, None, 0, failure="lost"))
+            one.record(Outcome(value, 1.0, 63))
+            two.record(Outcome(others, math.inf, 63))
+            many = [f"many {i}" for i in range(2000)]
+            one.record(Outcome(many[-1], 1.0, 63))
+            assert one.known([lost, value, others, own, *many]) == {lost, value, others, many[-1]}
+            assert two.known([lost, value, others, own]) == {value, others}
+            assert one.known([]) == set()
 
     def test_a_failure_has_a_reason(self, repository: Repository) -> None:
         with study(repository) as store:

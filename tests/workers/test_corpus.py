@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 import re
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +14,12 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from searcher.errors import LongRopeError
-from searcher.study import PARTS, SHORT
+from searcher.study import PARTS, REFINE, SHORT
 from tests.tiny_models import byte_tokenizer
 from workers.corpus import CorpusRequest, evaluation_windows, load_corpus, study_windows
-from workers.dataset import DEFAULT_QUOTAS, Quota
+from workers.dataset import DEFAULT_QUOTAS, Quota, Window
 from workers.model import load_tokenizer
+from workers.needles import plant
 from workers.reference import HELD_OUT, MODEL_DIR, held_out_documents, stdlib_dir
 
 LENGTH = 100
@@ -52,11 +55,21 @@ def test_a_request_survives_storage(books: Path) -> None:
         ("~/books", "~/*.txt"),
         "body",
         {"search": 3},
-        {"test": 2},
+        {"test": 2, "refine": 5},
         7,
+        4,
     )
     assert CorpusRequest.from_json(json.loads(json.dumps(request.to_json()))) == request
     assert CorpusRequest.from_json(json.loads(json.dumps(CorpusRequest().to_json()))) == CorpusRequest()
+
+
+def test_a_request_stored_before_there_were_needles_has_none() -> None:
+    stored = CorpusRequest(("books",), seed=3).to_json()
+    del stored["needles"]
+    assert CorpusRequest.from_json(stored).needles == 0
+    del stored["seed"]
+    with pytest.raises(KeyError):
+        CorpusRequest.from_json(stored)
 
 
 def test_paths_are_stored_so_that_they_hold_in_any_folder(books: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,7 +194,7 @@ def test_short_windows_are_the_starts_of_the_test_windows(books: Path, bos: bool
         tokenizer.bos_token = None
     request = CorpusRequest((str(books),))
     sets = study_windows(request, tokenizer, LENGTH, 32)
-    assert set(sets.windows) == {*PARTS, SHORT}
+    assert set(sets.windows) == {*PARTS, REFINE, SHORT}
     assert len(sets.windows[SHORT]) == len(sets.windows["test"]) == 16
     for short, whole in zip(sets.windows[SHORT], sets.windows["test"], strict=True):
         np.testing.assert_array_equal(short.tokens, whole.tokens[:32])
@@ -192,6 +205,118 @@ def test_short_windows_are_the_starts_of_the_test_windows(books: Path, bos: bool
     for part in PARTS:
         ours, theirs = ([window.document for window in each.windows[part]] for each in (sets, plain))
         assert ours == theirs
+
+
+def extent(window: Window) -> tuple[str, int, int]:
+    """The text a window was cut from, and where it lies in it."""
+    found = re.search(r"\[(\d+):(\d+)\]", window.document.name)
+    assert found is not None
+    return window.source, int(found[1]), int(found[2])
+
+
+@pytest.mark.parametrize("bos", [True, False])
+@pytest.mark.parametrize("windows", [{}, {"search": 2}, {"search": 3, "refine": 1}, {"refine": 9}, {"search": 4}])
+@pytest.mark.parametrize("named", [True, False])
+def test_refine_windows_are_further_ones_of_the_search_documents(
+    books: Path, bos: bool, windows: dict[str, int], named: bool
+) -> None:
+    tokenizer: PreTrainedTokenizerFast = byte_tokenizer()
+    if not bos:
+        tokenizer.bos_token = None
+    sources = (f"{books}/0*.txt",), (f"{books}/1[0-1].txt",), (f"{books}/1[2-3].txt",)
+    request = CorpusRequest(*sources, windows=windows) if named else CorpusRequest((str(books),), windows=windows)
+    length = 60
+    sets = study_windows(request, tokenizer, length, 32)
+    plain = load_corpus(request, tokenizer, length)
+    for part in PARTS:
+        assert [w.document for w in sets.windows[part]] == [w.document for w in plain.windows[part]]
+    search, refine = ([extent(w) for w in sets.windows[part]] for part in ("search", REFINE))
+    body = length - bos
+    ours = dict.fromkeys(source for source, _, _ in search)
+    for source in ours:
+        further = [(start, end) for s, start, end in refine if s == source]
+        taken = sorted([(start, end) for s, start, end in search if s == source] + further)
+        assert all(start >= 0 and end == start + body <= 500 for start, end in taken)
+        assert all(end <= start for (_, end), (start, _) in pairwise(taken))
+        wanted = request.windows.get(REFINE, 3)
+        assert len(further) == wanted or _no_room(taken, body)
+    # The first further window of each document, then the second of each.
+    rounds = -(-len(refine) // len(ours))
+    assert [source for source, _, _ in refine] == (list(ours) * rounds)[: len(refine)]
+    texts = {path.name: path.read_text() for path in books.iterdir()}
+    for window in sets.windows[REFINE]:
+        _, start, end = extent(window)
+        text = texts[window.document.name.split("[")[0]]
+        assert tokenizer.decode(window.tokens[int(bos) :]) == text[start:end]
+
+
+def _no_room(taken: list[tuple[int, int]], body: int) -> bool:
+    """Every gap between the windows of a document of 500 tokens is shorter than a window."""
+    ends, starts = [end for _, end in taken], [start for start, _ in taken[1:]]
+    return all(start - end < body for end, start in zip(ends, [*starts, 500], strict=True))
+
+
+def test_where_a_document_has_no_further_window_it_is_refined_on_with_its_search_windows(books: Path) -> None:
+    for number in range(3):
+        (books / f"{number:02}.txt").write_text("".join(random.Random(number).choices("abcdefgh ", k=150)))
+    request = CorpusRequest((f"{books}/0[0-4].txt",), (f"{books}/10.txt",), (f"{books}/11.txt",), windows={REFINE: 2})
+    sets = study_windows(request, TOKENIZER, LENGTH, 32)
+    found = [w.document.name.split("[")[0] for w in sets.windows[REFINE]]
+    assert found == ["03.txt", "04.txt", "03.txt", "04.txt", "00.txt", "01.txt", "02.txt"]
+    search = {w.document for w in sets.windows["search"]}
+    assert [w.document in search for w in sets.windows[REFINE]] == [False] * 4 + [True] * 3
+
+
+def test_without_further_windows_the_search_windows_are_refined_on(books: Path) -> None:
+    request = CorpusRequest((str(books),), windows={"search": 2, REFINE: 0})
+    sets = study_windows(request, TOKENIZER, LENGTH, 32)
+    search = [w.document for w in sets.windows["search"]]
+    assert [w.document for w in sets.windows[REFINE]] == search[::2] + search[1::2]
+
+
+def test_a_further_window_that_another_set_holds_is_left_out(books: Path) -> None:
+    """The search document ends as the test document begins."""
+    shared, unique = (tokens * (LENGTH - 1) for tokens in ("a", "b"))
+    (books / "00.txt").write_text(unique + shared)
+    (books / "01.txt").write_text(shared)
+    request = CorpusRequest(*((f"{books}/{name}.txt",) for name in ("00", "02", "01")))
+    sets = study_windows(request, TOKENIZER, LENGTH, 32)
+    assert sets.windows[REFINE] == sets.windows["search"]
+
+
+def test_needles_are_planted_where_candidates_are_compared_and_nowhere_else(books: Path) -> None:
+    plain = study_windows(CorpusRequest((str(books),), seed=5), TOKENIZER, 120, 32)
+    sets = study_windows(CorpusRequest((str(books),), seed=5, needles=2), TOKENIZER, 120, 32)
+    assert set(sets.windows) == set(plain.windows)
+    for part in ("test", SHORT):
+        assert [w.document for w in sets.windows[part]] == [w.document for w in plain.windows[part]]
+    for part in ("search", "selection", REFINE):
+        expected = [plant(w, TOKENIZER, 5, 2).document for w in plain.windows[part]]
+        assert [w.document for w in sets.windows[part]] == expected
+        assert all(len(w.document.spans) == 2 for w in sets.windows[part])
+    sizes = sets.summary()
+    assert sizes["search"].tokens == sizes["search"].windows * 2 * 4  # two values of four digits
+    assert sizes["test"] == plain.summary()["test"]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: CorpusRequest(needles=-1), "needles cannot be negative, not -1"),
+        (lambda: CorpusRequest(windows={REFINE: -2}), "further windows to refine on cannot be negative, not -2"),
+    ],
+)
+def test_negative_numbers_are_refused(make: Callable[[], CorpusRequest], message: str) -> None:
+    with pytest.raises(LongRopeError, match=message):
+        make()
+
+
+def test_the_reference_documents_have_further_windows_to_refine_on() -> None:
+    sets = study_windows(CorpusRequest(), load_tokenizer(MODEL_DIR), 2048, 256)
+    assert len(sets.windows[REFINE]) == 18
+    search, refine = ({w.document.sha256 for w in sets.windows[part]} for part in ("search", REFINE))
+    assert len(refine) == 18
+    assert not search & refine
 
 
 def test_windows_to_evaluate_on_come_from_every_document_that_is_long_enough(books: Path) -> None:

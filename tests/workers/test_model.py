@@ -30,8 +30,6 @@ from tests.tiny_models import (
     write_model,
 )
 from workers.model import (
-    EAGER_MAX_LENGTH,
-    MASK_MAX_LENGTH,
     LoadedModel,
     ModelRequest,
     load_model,
@@ -41,6 +39,7 @@ from workers.model import (
     read_original_length,
 )
 from workers.perplexity import negative_log_likelihood
+from workers.settings import CHUNK, EAGER_MAX_LENGTH, MASK_MAX_LENGTH
 
 TARGET = 4 * WINDOW
 ROTARY_DIMS = {"mistral": 32, "qwen3": 32, "gemma2": 32, "stablelm": 8}  # all others 16
@@ -97,7 +96,7 @@ def test_the_geometry_is_read_from_the_model(loaded: LoadedModel) -> None:
     assert loaded.shipped is None
     assert loaded.pairing == ("interleaved" if family == "cohere" else "half-split")
     assert loaded.settings["dtype"] == "float32"
-    assert loaded.settings["attention"] == ("eager" if family == "gemma2" else "sdpa")
+    assert loaded.settings["attention"] == "longrope"
     assert loaded.settings["sliding_window"] is None  # gemma2's 4096 is never reached
     assert not loaded.model.training
     assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
@@ -249,35 +248,51 @@ def test_wishes_for_a_window_that_make_no_sense_are_refused(tmp_path: Path, llam
             assert load(full, sliding_window=wish).settings["sliding_window"] is None
 
 
-def test_long_windowed_attention_without_a_flash_kernel_is_refused(tmp_path: Path) -> None:
+def test_windowed_attention_with_a_mask_has_a_longest_length(tmp_path: Path) -> None:
     folder = write_model(tmp_path, "mistral", sliding_window=32)
-    assert "L x L mask" in refusal(folder, MASK_MAX_LENGTH + 1, sliding_window="keep")
-    assert load(folder, MASK_MAX_LENGTH, sliding_window="keep").settings["sliding_window"] == 32
-    assert load(folder, MASK_MAX_LENGTH + 1, sliding_window="off").settings["sliding_window"] is None
+    for name in ("sdpa", "eager"):
+        message = refusal(folder, MASK_MAX_LENGTH + 1, sliding_window="keep", attention=name)
+        assert ("L x L mask" if name == "sdpa" else "L x L weights") in message
+        assert "--attention longrope" in message
+    kept = {"sliding_window": "keep", "attention": "sdpa"}
+    assert load(folder, MASK_MAX_LENGTH, **kept).settings["sliding_window"] == 32
+    assert load(folder, MASK_MAX_LENGTH + 1, sliding_window="off", attention="sdpa").settings["sliding_window"] is None
+    assert load(folder, 10 * MASK_MAX_LENGTH, sliding_window="keep").settings["sliding_window"] == 32
 
 
-def test_eager_attention_is_refused_beyond_its_length(llama_folder: Path, tmp_path: Path) -> None:
-    gemma = write_model(tmp_path, "gemma2", sliding_window=10 * EAGER_MAX_LENGTH)
-    assert load(gemma, EAGER_MAX_LENGTH).settings["attention"] == "eager"
-    for message in (
-        refusal(gemma, EAGER_MAX_LENGTH + 1),
-        refusal(llama_folder, EAGER_MAX_LENGTH + 1, attention="eager"),
-    ):
+def test_eager_attention_has_a_longest_length_and_our_own_has_none(llama_folder: Path, tmp_path: Path) -> None:
+    gemma = write_model(tmp_path, "gemma2", sliding_window=100 * EAGER_MAX_LENGTH)
+    assert load(gemma, EAGER_MAX_LENGTH, attention="eager").settings["attention"] == "eager"
+    for folder in (gemma, llama_folder):
+        message = refusal(folder, EAGER_MAX_LENGTH + 1, attention="eager")
         assert f"up to {EAGER_MAX_LENGTH} tokens, not {EAGER_MAX_LENGTH + 1}" in message
+        assert load(folder, 10 * EAGER_MAX_LENGTH).settings["attention"] == "longrope"
 
 
-def test_eager_and_sdpa_agree(llama_folder: Path, llama: LoadedModel) -> None:
-    eager = load(llama_folder, attention="eager")
-    assert (eager.settings["attention"], eager.model.config._attn_implementation) == ("eager", "eager")
+def test_all_attention_functions_agree(llama_folder: Path, llama: LoadedModel) -> None:
     factors = yarn(llama.spec, 4)
-    assert loss(eager, factors) == pytest.approx(loss(llama, factors), rel=1e-5)
+    assert (llama.settings["attention"], llama.model.config._attn_implementation) == ("longrope", "longrope")
+    for name in ("sdpa", "eager"):
+        other = load(llama_folder, attention=name)
+        assert (other.settings["attention"], other.model.config._attn_implementation) == (name, name)
+        assert loss(other, factors) == pytest.approx(loss(llama, factors), rel=1e-5)
+
+
+def test_the_chunk_is_the_default_or_as_asked_for(llama_folder: Path) -> None:
+    for asked, chunk in ((None, CHUNK["cpu"]), (1, 1), (700, 700)):
+        loaded = load(llama_folder, chunk=asked)
+        assert (loaded.chunk, loaded.settings["chunk"]) == (chunk, chunk)
+    for chunk in (0, -5):
+        assert "at least 1, not" in refusal(llama_folder, chunk=chunk)
+    for option in ({"chunk": 64}, {"hidden_on_host": True}, {"stream_weights": True}):
+        assert f"{next(iter(option))} does not apply" in refusal(llama_folder, attention="sdpa", **option)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"dtype": "float64"}, "dtype is auto, float32, bfloat16, float16, not 'float64'"),
-        ({"attention": "flashy"}, "attention kernel is one of auto, sdpa"),
+        ({"attention": "flashy"}, "attention kernel is one of auto, longrope, sdpa"),
         ({"device": "toaster"}, "'toaster' is no device"),
         ({"device": "meta"}, "'meta' is no device"),
         ({"device": "cuda:x"}, "'cuda:x' is no device"),

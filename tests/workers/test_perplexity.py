@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from searcher.baselines import none, pi
+from searcher.errors import LongRopeError
 from searcher.rope import Factors
 from tests.tiny_models import VOCABULARY, WINDOW, own_loss, window
 from workers import perplexity
 from workers.model import LoadedModel
-from workers.perplexity import negative_log_likelihood, token_losses
+from workers.perplexity import negative_log_likelihood, scored_ranges, token_losses
 
 LENGTHS = (WINDOW - 23, WINDOW, 3 * WINDOW + 5)
 
@@ -102,3 +106,36 @@ def test_a_failed_run_leaves_decoder_and_rotation_as_they_were(llama: LoadedMode
     assert llama.model.model is decoder
     assert llama.model.model.rotary_emb is rotary
     assert torch.equal(token_losses(llama, tokens, factors), before)
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 10)), min_size=1, max_size=6))
+def test_spans_name_each_position_once(drawn: list[tuple[int, int]]) -> None:
+    spans = [(start, start + length) for start, length in drawn]
+    ranges = scored_ranges(50, spans)
+    positions = [position for start, end in ranges for position in range(start, end)]
+    assert positions == sorted({position for start, end in spans for position in range(max(start, 1), end)})
+    assert all(before[1] < after[0] for before, after in pairwise(ranges))
+
+
+@pytest.mark.parametrize("spans", [((20, 30),), ((40, 41), (3, 9), (5, 12), (99, 100)), ((0, 100),), ((0, 1), (1, 2))])
+def test_spans_alone_are_scored(
+    loaded: LoadedModel, spans: tuple[tuple[int, int], ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens, factors = window(100), pi(loaded.spec, 4)
+    whole = token_losses(loaded, tokens, factors)
+    positions = sorted({position for start, end in spans for position in range(start, end)} - {0})
+    monkeypatch.setattr(perplexity, "LOGITS_AT_ONCE", 1)
+    losses = token_losses(loaded, tokens, factors, spans)
+    torch.testing.assert_close(losses, whole[[position - 1 for position in positions]], rtol=1e-6, atol=1e-6)
+    nll, count = negative_log_likelihood(loaded, tokens, factors, spans)
+    assert (nll, count) == (float(losses.sum()), len(positions))
+
+
+def test_a_span_of_the_first_token_alone_scores_nothing(llama: LoadedModel) -> None:
+    assert negative_log_likelihood(llama, window(20), None, [(0, 1)]) == (0.0, 0)
+
+
+@pytest.mark.parametrize("span", [(5, 5), (7, 3), (-1, 4), (90, 101)])
+def test_spans_outside_the_window_are_refused(llama: LoadedModel, span: tuple[int, int]) -> None:
+    with pytest.raises(LongRopeError, match=r"within 0 \.\. 100"):
+        token_losses(llama, window(100), None, [(1, 2), span])

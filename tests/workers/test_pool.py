@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -77,7 +79,7 @@ def expected(local: LocalScorer) -> dict[str, tuple[float | None, int, str | Non
 
 
 class TestTwoWorkers:
-    """On a cluster of its own."""
+    """On a cluster of their own."""
 
     def test_the_bits_of_one_process(self, two_workers: RayScorer, local: LocalScorer, expected: Any) -> None:
         assert two_workers.fingerprint == local.fingerprint
@@ -153,24 +155,35 @@ def tally(tmp_path: Path) -> Tally:
 
 @pytest.fixture
 def pool(address: str, tally: Tally, monkeypatch: pytest.MonkeyPatch) -> Pool:
-    """``pool(on_score, on_start)``: two workers on that cluster that call these with the tally, and the key."""
+    """``pool(on_score, on_start)``: two workers on that cluster that call these with the tally.
+
+    ``on_score`` gets the key besides, ``on_start`` which start this is, and the request. The first of them starts
+    twice: by itself, and with the weights that it has shared.
+    """
 
     def opened(
-        on_score: Callable[[Tally, str], None], on_start: Callable[[Tally], ModelInfo] = lambda _: INFO
+        on_score: Callable[[Tally, str], None],
+        on_start: Callable[[Tally, int, ModelRequest], ModelInfo] = lambda *_: INFO,
     ) -> AbstractContextManager[RayScorer]:
         import ray
 
         import workers.pool
 
         class Stub:
-            def start(self, _request: object, _tokens: object) -> ModelInfo:
-                tally.add("starts")
-                return on_start(tally)
+            def node(self) -> str:
+                node: str = ray.get_runtime_context().get_node_id()
+                return node
 
-            def score(self, key: str, _factors: object, _document: object) -> Outcome:
-                tally.add(key)
-                on_score(tally, key)
-                return Outcome(key, float(key), 1)
+            def share(self, _room: float) -> None: ...
+
+            def start(self, request: ModelRequest, _tokens: object, _weights: object) -> ModelInfo:
+                return on_start(tally, tally.add("starts"), request)
+
+            def score(self, unit: Unit) -> Outcome:
+                began = time.perf_counter()
+                tally.add(unit.key)
+                on_score(tally, unit.key)
+                return Outcome(unit.key, float(unit.key), 1, time.perf_counter() - began)
 
         def create_worker(cpus: int, _gpus: float) -> Any:
             return ray.remote(num_cpus=cpus, max_restarts=0, max_task_retries=0)(Stub).remote()
@@ -224,7 +237,7 @@ class TestScheduling:
             if tally.add("scores") > 10:
                 os._exit(1)
 
-        def die_later(tally: Tally) -> ModelInfo:
+        def die_later(tally: Tally, *_: object) -> ModelInfo:
             if tally.of("scores") > 10:
                 os._exit(1)
             return INFO
@@ -233,13 +246,13 @@ class TestScheduling:
         with pool(die_after_ten, die_later) as scorer, pytest.raises(LongRopeError, match="All 2 workers were lost"):
             seen.extend(scorer.evaluate(UNITS))
         assert len(values(seen)) == 10
-        assert tally.of("starts") == 2 + 2 * 3
+        assert tally.of("starts") == 3 + 2 * 3
 
     def test_workers_of_two_profiles(self, pool: Pool) -> None:
         """Refused at the start: their scores would differ."""
 
-        def take_turns(tally: Tally) -> ModelInfo:
-            return INFO if tally.of("starts") == 1 else OTHER
+        def take_turns(_tally: Tally, start: int, _request: object) -> ModelInfo:
+            return INFO if start < 3 else OTHER
 
         with pytest.raises(LongRopeError, match="differs from the first in device"), pool(lambda *_: None, take_turns):
             pass
@@ -253,14 +266,97 @@ class TestScheduling:
                 os._exit(1)
             time.sleep(0.3)  # the replacements come while there is work
 
-        def differ_later(tally: Tally) -> ModelInfo:
-            return INFO if tally.of("starts") <= 2 else OTHER
+        def differ_later(_tally: Tally, start: int, _request: object) -> ModelInfo:
+            return INFO if start <= 3 else OTHER
 
         with pool(die_once, differ_later) as scorer:
             outcomes = list(scorer.evaluate(UNITS))
         assert values(outcomes) == {unit.key: (float(unit.key), 1, None) for unit in UNITS}
         assert len({outcome.worker for outcome in outcomes}) == 1
-        assert tally.of("starts") > 2
+        assert tally.of("starts") > 3
+
+    @pytest.mark.slow
+    def test_workers_of_two_chunks(self, pool: Pool, tally: Tally) -> None:
+        """All take the smaller one, and so do their replacements."""
+
+        def choose(tally: Tally, start: int, request: ModelRequest) -> ModelInfo:
+            tally.add(f"told {request.chunk}")
+            return replace(INFO, profile={"device": "this", "chunk": request.chunk or (512 if start == 3 else 1024)})
+
+        def die_once(tally: Tally, _key: str) -> None:
+            if tally.add("scores") == 1:
+                os._exit(1)
+            time.sleep(0.3)  # the replacement comes while there is work
+
+        with pool(die_once, choose) as scorer:
+            assert scorer.info.profile["chunk"] == 512
+            assert tally.of("starts") == 3 + 1
+            assert {outcome.worker for outcome in scorer.evaluate(UNITS)} == {"ray-0", "ray-1"}
+        assert tally.of("told 512") == 1 + 1
+
+    @pytest.mark.slow
+    def test_nothing_works(self, pool: Pool, tally: Tally) -> None:
+        """It ends after a few candidates, not after three restarts for each."""
+
+        def fail(_tally: Tally, _key: str) -> None:
+            raise RuntimeError("no kernel image")
+
+        with (
+            pool(fail) as scorer,
+            pytest.raises(LongRopeError, match=r"None of the first .* no kernel image; mend that"),
+        ):
+            list(scorer.evaluate(UNITS))
+        assert tally.of("starts") <= 3 + 9
+
+    @pytest.mark.slow
+    def test_one_candidate_that_never_works(self, pool: Pool, tally: Tally) -> None:
+        """It alone has failed, whatever else is left to do: a study must be able to go on without it."""
+
+        def fail(_tally: Tally, _key: str) -> None:
+            raise RuntimeError("overflow")
+
+        with pool(fail) as scorer:
+            outcomes = values(list(scorer.evaluate(UNITS[:2])))
+        assert outcomes == {unit.key: (None, 0, "overflow (3 attempts)") for unit in UNITS[:2]}
+        assert all(tally.of(unit.key) == 3 for unit in UNITS[:2])
+
+    def test_places_that_share_an_actor(self, address: str) -> None:
+        """Each has a call of its own in flight: one by itself would wait for the other for ever."""
+        import ray
+
+        from workers.pool import RayScorer
+
+        class Pair:
+            def __init__(self) -> None:
+                self.both = threading.Barrier(2, timeout=60)
+
+            def node(self) -> str:
+                node: str = ray.get_runtime_context().get_node_id()
+                return node
+
+            def share(self, _room: float) -> None: ...
+
+            def start(self, *_: object) -> ModelInfo:
+                return INFO
+
+            def score(self, unit: Unit) -> Outcome:
+                self.both.wait()
+                return Outcome(unit.key, float(unit.key), 1)
+
+        actors: list[Any] = []
+
+        def create(number: int) -> Any:
+            if number == 0:
+                actors.append(ray.remote(num_cpus=0, max_concurrency=2)(Pair).remote())
+            return actors[-1]
+
+        scorer = RayScorer(ModelRequest("nowhere", LENGTH), {}, PoolRequest(2, 0, address), create)
+        try:
+            outcomes = list(scorer.evaluate(UNITS))
+        finally:
+            scorer.close()
+        assert values(outcomes) == {unit.key: (float(unit.key), 1, None) for unit in UNITS}
+        assert {outcome.worker for outcome in outcomes} == {"ray-0", "ray-1"}
 
     @pytest.mark.parametrize(
         ("workers", "gpus", "threads", "lack"), [(3, 0, 1, "2 CPUs"), (1, 1, 1, "0 GPUs"), (None, 0, 3, "2 CPUs")]
@@ -302,6 +398,67 @@ class TestScheduling:
             ray.shutdown()
 
 
+def keys(outcomes: Iterable[Outcome]) -> list[str]:
+    return sorted(outcome.key for outcome in outcomes)
+
+
+class TestSpareWork:
+    """Two workers, and evaluations of half a second but for one."""
+
+    LONG = Unit("999", FACTORS[0], Document("long", "9" * 64, 10 * LENGTH))
+
+    @pytest.fixture
+    def scorer(self, pool: Pool) -> Iterator[RayScorer]:
+        """It has learnt how long an evaluation takes."""
+
+        def take_a_while(_tally: Tally, key: str) -> None:
+            if key == "101":
+                raise RuntimeError("overflow")
+            time.sleep(2.0 if key == "100" else 0.5)
+
+        with pool(take_a_while) as scorer:
+            list(scorer.evaluate(UNITS[:2]))
+            yield scorer
+
+    def test_an_idle_worker_takes_what_fits(self, scorer: RayScorer, tally: Tally) -> None:
+        """Not what takes longer than the units that all wait for, and nothing that is computed or under way."""
+        spare = [self.LONG, UNITS[0], UNITS[2], UNITS[5]]
+        outcomes = [*scorer.evaluate(UNITS[2:5], spare), *scorer.drain()]
+        assert keys(outcomes) == keys_of(UNITS[2:6])
+        assert tally.of(self.LONG.key) == 0
+        assert [tally.of(unit.key) for unit in UNITS[:6]] == [1] * 6
+        assert list(scorer.evaluate([])) == []
+
+    def test_nobody_waits_for_it(self, scorer: RayScorer, tally: Tally) -> None:
+        """The call ends; a later one that asks for it gets it, without a second computation."""
+        slow = UNITS[20]
+        assert slow.key == "100"
+        assert keys(scorer.evaluate(UNITS[2:5], [slow])) == keys_of(UNITS[2:5])
+        assert tally.of(slow.key) == 1
+        assert keys(scorer.evaluate([slow, UNITS[5]], [slow])) == keys_of([slow, UNITS[5]])
+        assert tally.of(slow.key) == 1
+
+    def test_a_later_call_hands_it_over_unasked(self, scorer: RayScorer) -> None:
+        slow = UNITS[20]
+        list(scorer.evaluate(UNITS[2:5], [slow]))
+        time.sleep(2.0)
+        assert keys(scorer.evaluate([])) == [slow.key]
+
+    @pytest.mark.slow
+    def test_its_failure_is_nobody_s(self, scorer: RayScorer, tally: Tally) -> None:
+        """No outcome and no second attempt, until somebody asks for it."""
+        bad = UNITS[21]
+        assert bad.key == "101"
+        seen = [*scorer.evaluate(UNITS[2:5], [bad]), *scorer.drain(), *scorer.evaluate(UNITS[5:10], [bad])]
+        assert keys(seen) == keys_of(UNITS[2:10])
+        assert tally.of(bad.key) == 1
+        assert values(list(scorer.evaluate([bad]))) == {bad.key: (None, 0, "overflow (3 attempts)")}
+
+
+def keys_of(units: Iterable[Unit]) -> list[str]:
+    return sorted(unit.key for unit in units)
+
+
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "localhost:99999", "nonsense", ""])
 def test_nobody_at_that_address(address: str) -> None:
     """Within seconds: Ray by itself would try for a quarter of an hour."""
@@ -339,3 +496,17 @@ class TestAlone:
         with open_scorer(request, TOKENS, PoolRequest(1, 0)) as scorer:
             outcomes = values(list(scorer.evaluate(UNITS[:2])))
         assert all(failure is None for _, _, failure in outcomes.values())
+
+    @pytest.mark.slow
+    def test_weights_are_read_once(
+        self, model: ModelRequest, local: LocalScorer, expected: Any, tmp_path: Path
+    ) -> None:
+        """What starts later has them from the workers before it: the file is of no use by then."""
+        folder = shutil.copytree(model.path, tmp_path / "model")
+        with open_scorer(replace(model, path=str(folder)), TOKENS, PoolRequest(2, 0)) as scorer:
+            assert not isinstance(scorer, LocalScorer)
+            assert scorer.fingerprint == local.fingerprint
+            (folder / "model.safetensors").write_bytes(b"")
+            for pid in scorer.worker_pids():
+                os.kill(pid, signal.SIGKILL)
+            assert values(list(scorer.evaluate(UNITS))) == expected

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import math
+import resource
 import shutil
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,12 @@ from searcher.errors import LongRopeError
 from searcher.rope import Factors
 from searcher.study import Document, Unit, evaluation_key
 from tests.tiny_models import VOCABULARY, WINDOW, own_loss, window, write_model
-from workers.model import LoadedModel, ModelRequest
+from workers import engine
+from workers.model import LoadedModel, ModelRequest, load_model
 from workers.perplexity import negative_log_likelihood
-from workers.scorer import LocalScorer, check_vocabulary, open_scorer
+from workers.refine import loss_and_gradient
+from workers.scorer import LocalScorer, check_vocabulary, describe, fit_chunk, open_scorer, out_of_memory, score_unit
+from workers.settings import CHUNK, MIN_CHUNK
 
 TARGET = 4 * WINDOW
 
@@ -60,8 +65,9 @@ def test_the_fingerprint_stands_for_all_that_decides_a_score(llama_folder: Path,
     different = [
         scorer(llama_folder),
         scorer(llama_folder, dtype="bfloat16"),
-        scorer(llama_folder, attention="eager"),
+        *(scorer(llama_folder, attention=name) for name in ("sdpa", "eager")),
         scorer(llama_folder, threads=2),
+        *(scorer(llama_folder, chunk=chunk) for chunk in (64, 65)),
         scorer(with_tensor(llama_folder, tmp_path / "flipped", "model.norm.weight", flip)),
         scorer(write_model(tmp_path / "seed", "llama", seed=1)),
         scorer(write_model(tmp_path / "theta", "llama", rope_parameters=theta)),
@@ -79,7 +85,9 @@ def test_the_fingerprint_is_stable(llama_folder: Path, tmp_path: Path) -> None:
     elsewhere = shutil.copytree(llama_folder, tmp_path / "elsewhere")
     same = [
         busy,
-        scorer(llama_folder, dtype="float32", attention="sdpa", device="cpu", sliding_window="off"),
+        scorer(llama_folder, dtype="float32", attention="longrope", device="cpu", sliding_window="off"),
+        scorer(llama_folder, chunk=CHUNK["cpu"]),
+        scorer(llama_folder, hidden_on_host=True, stream_weights=True),  # the same to the last bit
         scorer(elsewhere),
         scorer(write_model(tmp_path / "again", "llama")),
     ]
@@ -127,6 +135,110 @@ def test_too_little_memory_is_an_outcome(
     assert "\n" not in failed.failure
     assert first.nll == last.nll
     assert first.failure is last.failure is None
+
+
+def test_a_unit_may_score_spans_and_ask_for_a_gradient(llama_folder: Path) -> None:
+    text, tokens = document(window(60))
+    ours = scorer(llama_folder, tokens)
+    factors = Factors((2.0,) * 8, 4, 1.1)
+    part = replace(text, spans=((20, 30), (40, 45)))
+    for each in (text, part):
+        plain = unit(ours, factors, each)
+        asked = replace(plain, key="gradient", gradient=True)
+        score, steep = list(ours.evaluate([plain, asked]))
+        nll, count, gradient = loss_and_gradient(ours.loaded, tokens[text.sha256], factors, each.spans)
+        assert (steep.key, steep.nll, steep.tokens, steep.gradient) == ("gradient", nll, count, gradient)
+        assert len(gradient) == 9
+        assert score.gradient is None
+        assert score.tokens == count == (59 if each is text else 15)
+        assert score.nll == pytest.approx(nll, rel=1e-5)
+
+
+def test_a_gradient_that_is_not_finite_is_an_outcome(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text, tokens = document(window(60))
+    ours = scorer(llama_folder, tokens)
+    monkeypatch.setattr("workers.refine.loss_and_gradient", lambda *_: (12.5, 59, (0.0, math.nan)))
+    asked = replace(unit(ours, none(ours.info.spec, 1), text), gradient=True)
+    outcome = score_unit(ours.loaded, tokens, asked)
+    assert (outcome.nll, outcome.gradient) == (12.5, None)
+    assert outcome.failure is not None
+    assert "gradient" in outcome.failure
+
+
+@contextmanager
+def room(mebibytes: int) -> Iterator[None]:
+    """A block in which this process gets so much more memory than it has, and no more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + mebibytes * 2**20, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is limited as Linux does")
+def test_a_chunk_that_has_no_memory_is_halved_until_it_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A feed-forward block so wide that 1,024 tokens of it take 128 MiB a tensor.
+    folder = write_model(tmp_path, "llama", intermediate_size=32768, num_hidden_layers=1)
+    request = ModelRequest(str(folder), 2048)
+    loaded = load_model(request)
+    tried: list[int | None] = []
+    trial = engine.trial
+
+    def watched(model: LoadedModel, *rest: Any) -> None:
+        tried.append(model.chunk)
+        trial(model, *rest)
+
+    monkeypatch.setattr(engine, "trial", watched)
+    default = CHUNK["cpu"]
+    with room(4096):
+        assert fit_chunk(loaded, request).chunk == default
+    assert tried == [default]
+    tried.clear()
+    with room(300):
+        fitted = fit_chunk(loaded, request)
+    assert tried == [default // 2**i for i in range(len(tried))]
+    assert MIN_CHUNK <= tried[-1] < default
+    assert fitted.chunk == fitted.settings["chunk"] == describe(fitted, request).profile["chunk"] == tried[-1]
+    # What the trial found room for has room, and what it had none for has none.
+    with room(300):
+        assert math.isfinite(negative_log_likelihood(fitted, window(2048), None)[0])
+        with pytest.raises(RuntimeError, match="allocate"):
+            negative_log_likelihood(loaded, window(2048), None)
+    with room(60), pytest.raises(LongRopeError, match=f"2048 tokens do not fit .* even in chunks of {MIN_CHUNK}"):
+        fit_chunk(loaded, request)
+
+
+def test_without_a_limit_on_a_cpu_nothing_is_tried(llama: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(*_: Any) -> None:
+        raise AssertionError("the trial ran")
+
+    monkeypatch.setattr("workers.engine.trial", run)
+    request = ModelRequest("", TARGET)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert fit_chunk(llama, request) is llama
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (2**40, resource.RLIM_INFINITY))
+    with pytest.raises(AssertionError, match="the trial ran"):
+        fit_chunk(llama, request)
+    assert fit_chunk(llama, replace(request, chunk=1024)) is llama
+
+
+def test_errors_of_memory_are_told_from_others(llama: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert out_of_memory(caught.value)
+    assert out_of_memory(MemoryError())
+    assert out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
+    assert not out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+    def run(*_: Any) -> None:
+        raise RuntimeError("of another kind")
+
+    monkeypatch.setattr("workers.engine.trial", run)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (2**40, resource.RLIM_INFINITY))
+    with pytest.raises(RuntimeError, match="of another kind"):
+        fit_chunk(llama, ModelRequest("", TARGET))
 
 
 def test_a_loss_that_is_not_finite_is_an_outcome(llama_folder: Path, tmp_path: Path) -> None:

@@ -1,0 +1,233 @@
+"""How far a study is: which candidates have a score, which failed, which were raced out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import groupby
+from typing import Any, NamedTuple
+
+from sqlalchemy import Select, and_, case, func, select
+from sqlalchemy.orm import Session
+
+from searcher.rope import Factors
+from searcher.study import REFINE, SEARCH_SHORT, Outcome
+from storage.models import CandidateRow, Evaluation, Study, UnitRow
+from storage.study_store import factors_of, outcome_of, units
+
+SELECTION = "selection"
+RANKED = ("search", "refined")  # parts scored on the search documents, generations and ends of refinements
+CHOSEN_FROM = (*RANKED, SEARCH_SHORT, REFINE)  # parts that are over once the finalists are written
+
+
+@dataclass(frozen=True)
+class StudySummary:
+    """A study in figures.
+
+    Attributes
+    ----------
+    status: ``running``, ``stopped`` (no live driver holds it) or ``finished``.
+    candidates, units: how many were written.
+    done: units with an outcome, whether of this study or of another that computed the same key.
+    failed: those of them that failed.
+    dropped: candidates that were raced out.
+    skipped: units that will never have an outcome, since their candidate was raced out or failed on another document.
+    """
+
+    name: str
+    kind: str
+    status: str
+    candidates: int
+    units: int
+    done: int
+    failed: int
+    dropped: int
+    skipped: int
+    created_at: datetime
+    updated_at: datetime
+
+
+@dataclass(frozen=True)
+class ScoredCandidate:
+    """One candidate of a generation, with its score.
+
+    Attributes
+    ----------
+    child: place in the generation, in ask order.
+    nll, tokens: totals over all its documents, in nats; None and 0 where it failed, was raced out or is not finished.
+        Never a sum over some of the documents.
+    failure: why there is no such total; None where there is one, or none yet, or where it was raced out.
+    documents: how many it was written for.
+    scored: how many of them have an outcome; once its generation is over, the documents before the first without one.
+    gradients: how many of those outcomes are gradient steps.
+    dropped: raced out: its generation is over, it has not failed, and ``scored`` is below ``documents``.
+    document: name of its document, where it has only one.
+    """
+
+    stage: int
+    part: str
+    generation: int
+    child: int
+    origin: str
+    factors: Factors
+    nll: float | None
+    tokens: int
+    failure: str | None
+    documents: int
+    scored: int
+    gradients: int
+    dropped: bool
+    document: str | None
+
+
+class Place(NamedTuple):
+    """A generation of a study."""
+
+    stage: int
+    part: str
+    generation: int
+
+
+def is_report(part: str, generation: int) -> bool:
+    """Whether a generation only reports: it came after everything was decided."""
+    return part in ("test", "short") or (part == SELECTION and generation > 0)
+
+
+def is_gradient(part: str, outcome: Outcome) -> bool:
+    """Whether an outcome is of a gradient step; in a refinement, what failed was meant to be one."""
+    return outcome.gradient is not None or (part == REFINE and outcome.failure is not None)
+
+
+def over(first_ids: Iterable[tuple[Place, int]]) -> set[Place]:
+    """Generations of an unfinished study that are over: a successor was written after them.
+
+    A successor is a later generation of the same part and stage, the finalists of the stage, or anything of a later
+    stage.
+
+    Parameters
+    ----------
+    first_ids: every generation with the lowest id of its candidates, which tells what was written after what.
+    """
+    known = list(first_ids)
+    newest: dict[tuple[int, str], int] = {}
+    finalists: dict[int, int] = {}
+    last_stage = max((place.stage for place, _ in known), default=0)
+    for place, first in known:
+        line = (place.stage, place.part)
+        newest[line] = max(newest.get(line, first), first)
+        if place.part == SELECTION:
+            finalists[place.stage] = min(finalists.get(place.stage, first), first)
+    return {
+        place
+        for place, first in known
+        if place.stage < last_stage
+        or newest[place.stage, place.part] > first
+        or (place.part in CHOSEN_FROM and finalists.get(place.stage, first) > first)
+    }
+
+
+def counts() -> Select[Any]:
+    """By generation of every study: its place, lowest candidate id, candidates, units, done, failed, short, missing.
+
+    ``short`` counts candidates that have not failed and lack an outcome, ``missing`` all units without one.
+    """
+    failed = UnitRow.failure.is_not(None) | Evaluation.nll.is_(None) | Evaluation.reason.is_not(None)
+    outcome = func.coalesce(UnitRow.failure, Evaluation.key)
+    place = (CandidateRow.study_id, CandidateRow.stage, CandidateRow.part, CandidateRow.generation)
+    one = (
+        select(
+            *place,
+            CandidateRow.id,
+            func.count(UnitRow.key).label("units"),
+            func.count(outcome).label("done"),
+            func.count(case((and_(outcome.is_not(None), failed), 1))).label("failed"),
+        )
+        .outerjoin(UnitRow, UnitRow.candidate_id == CandidateRow.id)
+        .outerjoin(Evaluation, Evaluation.key == UnitRow.key)
+        .group_by(*place, CandidateRow.id)
+        .subquery()
+    )
+    generation = (one.c.study_id, one.c.stage, one.c.part, one.c.generation)
+    return select(
+        *generation,
+        func.min(one.c.id),
+        func.count(),
+        func.sum(one.c.units),
+        func.sum(one.c.done),
+        func.sum(one.c.failed),
+        func.count(case((and_(one.c.failed == 0, one.c.done < one.c.units), 1))),
+        func.sum(one.c.units - one.c.done),
+    ).group_by(*generation)
+
+
+def figures(rows: Sequence[Sequence[Any]], finished: bool) -> tuple[int, int, int, int, int, int]:
+    """candidates, units, done, failed, dropped and skipped of one study, from its rows of counts()."""
+    places = [Place(*row[1:4]) for row in rows]
+    ended = set(places) if finished else over((place, row[4]) for place, row in zip(places, rows, strict=True))
+    totals = [0] * 6
+    for place, row in zip(places, rows, strict=True):
+        *plain, short, missing = (int(value) for value in row[5:])  # PostgreSQL's sums are Decimals
+        never = (short, missing) if place in ended else (0, 0)
+        totals = [total + value for total, value in zip(totals, (*plain, *never), strict=True)]
+    candidates, written, known, failed, dropped, skipped = totals
+    return candidates, written, known, failed, dropped, skipped
+
+
+def scored_candidates(session: Session, study: Study) -> list[ScoredCandidate]:
+    """Every candidate of a study with its score, stage by stage, in the order in which they were asked for."""
+    mine = CandidateRow.study_id == study.id
+    query = units(CandidateRow.id, UnitRow.document_name).where(mine).order_by(CandidateRow.id, UnitRow.position)
+    names: dict[int, list[str]] = {}
+    outcomes: dict[int, list[Outcome | None]] = {}
+    for candidate, group in groupby(session.execute(query), lambda row: row[0]):
+        members = list(group)
+        names[candidate] = [row[1] for row in members]
+        outcomes[candidate] = [outcome_of(*row[2:]) for row in members]
+    candidates = session.scalars(select(CandidateRow).where(mine)).all()
+    first: dict[Place, int] = {}
+    for row in candidates:
+        first[_place(row)] = min(first.get(_place(row), row.id), row.id)
+    ended = set(first) if study.status == "finished" else over(first.items())
+    scored = []
+    for row in sorted(candidates, key=lambda row: (row.stage, first[_place(row)], row.child)):
+        found = outcomes.get(row.id, [])
+        if _place(row) in ended and None in found:  # what lies beyond is another study's, and was not looked at here
+            gap = found.index(None)
+            found = found[:gap] + [None] * (len(found) - gap)
+        known = [outcome for outcome in found if outcome is not None]
+        documents = names.get(row.id, [])
+        nll, tokens, failure = _total(found)
+        scored.append(
+            ScoredCandidate(
+                stage=row.stage,
+                part=row.part,
+                generation=row.generation,
+                child=row.child,
+                origin=row.origin,
+                factors=factors_of(row),
+                nll=nll,
+                tokens=tokens,
+                failure=failure,
+                documents=len(documents),
+                scored=len(known),
+                gradients=sum(is_gradient(row.part, outcome) for outcome in known),
+                dropped=_place(row) in ended and failure is None and len(known) < len(documents),
+                document=documents[0] if len(documents) == 1 else None,
+            )
+        )
+    return scored
+
+
+def _place(row: CandidateRow) -> Place:
+    return Place(row.stage, row.part, row.generation)
+
+
+def _total(outcomes: Sequence[Outcome | None]) -> tuple[float | None, int, str | None]:
+    """nll, tokens and failure, summed as the driver sums them."""
+    failure = next((o.failure for o in outcomes if o is not None and o.failure is not None), None)
+    known = [(o.nll, o.tokens) for o in outcomes if o is not None and o.nll is not None]
+    if failure is not None or len(known) < len(outcomes):
+        return None, 0, failure
+    return math.fsum(nll for nll, _ in known), sum(tokens for _, tokens in known), None
