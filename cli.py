@@ -58,7 +58,7 @@ InProcess = Annotated[bool, typer.Option("--in-process", help="Score in this pro
 Out = Annotated[Path, typer.Option(help="Folder the factor file is written to.")]
 Dtype = Annotated[str, typer.Option(help="auto (the model's), float32, bfloat16 or float16.")]
 Attention = Annotated[
-    str, typer.Option(help="Attention kernel: auto, sdpa, eager, flash_attention_2, flash_attention_3.")
+    str, typer.Option(help="Attention kernel: auto (longrope, our own), sdpa, eager, flash_attention_2 or _3.")
 ]
 SlidingWindow = Annotated[str | None, typer.Option(help="For windowed attention: keep, off or a number of tokens.")]
 OriginalLength = Annotated[
@@ -295,24 +295,28 @@ def _search_settings(
 ) -> SearchSettings:
     """A preset with what the command line says otherwise."""
     from searcher.descent import Refinement
-    from searcher.plan import SearchSettings, overridden, preset
+    from searcher.plan import DEFAULT_PRESET, SearchSettings, overridden, preset
     from searcher.racing import Racing
     from searcher.samplers import Sampler
 
-    chosen = preset(name)
+    # A sampler's counts are those of evolution in its place: not of the default preset, whose evolution is a little one.
+    chosen = preset("quick" if sampler is not None and name == DEFAULT_PRESET else name)
     settled = overridden(chosen.evolution, evolution)
     refined, raced, proposer = chosen.refinement, chosen.racing, None
     if sampler is not None:
         batch = settled.mutants + settled.crosses
         proposer = Sampler(sampler, settled.population, batch, settled.generations)
         refined, raced = None, None
-    if any(value is not None for value in refinement.values()):
-        refined = overridden(refined or Refinement(legs=0 if sampler else 1), refinement)
-        if refined.attention and not refined.gradients:
+    asked = {key for key, value in refinement.items() if value is not None}
+    if asked:
+        refined = overridden(refined or Refinement(legs=int(sampler is None and "final_legs" not in asked)), refinement)
+        if not refined.gradients and asked - {"legs", "final_legs"}:
             raise LongRopeError(
-                "The attention factor is learnt by a refinement, and this search has none; give --refine-legs, or with "
-                "a sampler --refine-final-legs."
+                f"{', '.join(sorted(asked - {'legs', 'final_legs'}))} are of a refinement, and this search has none; "
+                "give --refine-legs, or with a sampler --refine-final-legs."
             )
+    if racing is False and caution is not None:
+        raise LongRopeError("--racing-caution is of racing, which --no-racing leaves out; give one of them.")
     if racing is not None or caution is not None:
         raced = None if racing is False else overridden(raced or Racing(), {"caution": caution})
     return SearchSettings(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from storage.factor_file import FactorFile, ModelIdentity, write
 from storage.live import Watcher
 from storage.repository import Repository
 from storage.results import Result, factor_file, result_json
-from workers.corpus import CorpusRequest, study_windows, with_short_search
+from workers.corpus import CorpusRequest, study_windows
 from workers.model import ModelInfo, ModelRequest, load_tokenizer, read_original_length, resolve_folder
 from workers.scorer import PoolRequest, open_scorer
 
@@ -90,9 +90,8 @@ def run(repository: Repository, run: Run, console: Console, is_new: bool, accept
         raise LongRopeError(f"--out must be a folder that exists; {run.out} is none.")
     tokenizer = load_tokenizer(resolve_folder(run.model.path, run.model.trust_remote_code), run.model.trust_remote_code)
     trained = run.model.original_length or read_original_length(run.model.path, run.model.trust_remote_code)
-    sets = study_windows(run.corpus, tokenizer, run.model.target_length, trained)
-    if run.search.sampler is not None and run.search.sampler.two_objectives:
-        sets = with_short_search(sets, tokenizer, trained)
+    two = run.search.sampler is not None and run.search.sampler.two_objectives
+    sets = study_windows(run.corpus, tokenizer, run.model.target_length, trained, short_search=two)
     tokens = {w.document.sha256: w.tokens for windows in sets.windows.values() for w in windows}
     documents = {part: [w.document for w in windows] for part, windows in sets.windows.items()}
     hashes = {part: [d.sha256 for d in found] for part, found in documents.items()}
@@ -100,18 +99,20 @@ def run(repository: Repository, run: Run, console: Console, is_new: bool, accept
         plan = search_plan(run.search, scorer.info.spec, scorer.info.shipped)
         if is_new:
             identity = asdict(_identity(run.model, scorer.info))
-            repository.create_study(run.name, "search", {**run.to_json(), "identity": identity, "documents": hashes})
+            # With the chunk that fitted here, so that a resume asks for the same.
+            chunk = scorer.info.profile["chunk"]
+            settled = replace(run, model=replace(run.model, chunk=chunk if isinstance(chunk, int) else None))
+            repository.create_study(
+                run.name, "search", {**settled.to_json(), "identity": identity, "documents": hashes}
+            )
         with repository.open_study(run.name) as store:
             record = repository.study(run.name)
             _refuse_changes(record.settings, record.profile, scorer.info, hashes, accept_numerics)
             if record.profile is None:
                 store.set_profile(scorer.info.profile)
             _introduce(console, run, scorer.info, sets, plan)
-            proposer = plan.sampler or plan.evolution
-            evaluations = proposer.individuals * len(documents["search"])
-            if plan.refinement is not None:
-                evaluations += plan.refinement.gradients
-            with Watcher(console, evaluations, proposer.generations) as watcher:
+            evaluations = plan.most_evaluations(len(documents["search"]))
+            with Watcher(console, evaluations, (plan.sampler or plan.evolution).generations) as watcher:
                 found = run_search(plan, documents, scorer, store, watcher)
             sizes = {part: (len(windows), windows[0].length) for part, windows in documents.items()}
             result = result_json(plan, found, sizes, _computed_by(scorer.info))
@@ -203,13 +204,13 @@ def study_factor_file(name: str, settings: Mapping[str, Any], result: Result, me
 
 
 def _introduce(console: Console, run: Run, info: ModelInfo, sets: DocumentSets, plan: SearchPlan) -> None:
-    spec, proposer, profile = info.spec, plan.sampler or plan.evolution, info.profile
+    spec, profile = info.spec, info.profile
     scale = run.model.target_length / spec.original_length
     lines = [
         f"study {run.name}: {Path(run.model.path).name} ({spec.family}, window {spec.original_length}), "
         f"target {run.model.target_length} tokens, scale {scale:g}",
-        f"{proposer.individuals} individuals of {spec.pairs} rescale factors and n_hat, "
-        f"{0 if plan.refinement is None else plan.refinement.gradients} gradient steps; "
+        f"about {plan.most_evaluations(sets.summary()['search'].windows)} evaluations of {spec.pairs} rescale factors "
+        f"and n_hat, {0 if plan.refinement is None else plan.refinement.gradients} of them gradient steps; "
         f"attention factor {plan.attention_factor:.4f}; "
         f"{profile['dtype']}, {profile['attention']}, {profile['device']}",
     ]

@@ -1,7 +1,8 @@
 """Test perplexity against cost: the paper's evolution, random search, CMA-ES, TPE, refinement alone, and the default.
 
-    python examples/train_books.py --books BOOKS --out WORK/books_model --compile
     python benchmarks/cost_to_quality.py --work WORK --books BOOKS
+
+The books model is in benchmarks/books_model; examples/train_books.py trained it on BOOKS/train.tar.xz.
 
 Every run is a study of its own in WORK, so a second call goes on where the first was stopped, and what is finished is
 only read. Cost is counted in document forwards: every evaluation on search and selection documents, n_hat trials among
@@ -38,6 +39,7 @@ from workers.scorer import LocalScorer
 mpl.use("svg")
 import matplotlib.pyplot as plt
 
+BOOKS_MODEL = Path(__file__).resolve().parent / "books_model"
 # One worker in this process: runs are started side by side where there are cores.
 COMMON = "--in-process --threads 1 --dtype bfloat16"
 # A fifth of the paper's budget: 64 + 6 x 32 = 256 individuals for 1,344.
@@ -78,13 +80,13 @@ class Planned:
         return f"{self.model}-{self.scale}x-{self.method}-seed{self.seed}"
 
 
-def planned(work: Path, books: Path | None) -> list[Planned]:
+def planned(books: Path | None) -> list[Planned]:
     """All runs, the cheap ones first."""
     data: dict[str, tuple[str, ...]] = {"reference": ("--search-documents", "5")}
     if books is not None:
         novels = sorted((books / "search").glob("*.txt"))
         data["books"] = (
-            *("--model", str(work / "books_model")),
+            *("--model", str(BOOKS_MODEL)),
             *(item for novel in novels[:5] for item in ("--data", str(novel))),
             *("--selection-data", str(novels[5]), "--test-data", str(books / "test")),
             *("--windows", "search=1,selection=6,test=2"),
@@ -270,14 +272,14 @@ def plot(curves: Sequence[dict[str, Any]], out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder of the studies")
-    parser.add_argument("--books", type=Path, help="folder with search and test; WORK/books_model is trained on it")
+    parser.add_argument("--books", type=Path, help="folder with search and test; without it, the reference model alone")
     parser.add_argument("--at-once", type=int, default=os.cpu_count() or 1, help="runs side by side")
     parser.add_argument("--only", default="", help="runs whose names contain this")
     parser.add_argument("--no-run", action="store_true", help="report on what is finished")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    runs = [run for run in planned(args.work, args.books) if args.only in run.name]
+    runs = [run for run in planned(args.books) if args.only in run.name]
     if not args.no_run:
         run_all(runs, args.work, args.at_once)
     curves: list[dict[str, Any]] = []

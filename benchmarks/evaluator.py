@@ -2,11 +2,11 @@
 
     .venv/bin/python benchmarks/evaluator.py --runs 3
 
-Every measurement is a process of its own, the two take turns, and of each the fastest run and the smallest peak
-count. Model: the reference model, or any other folder; tokens are random, BOS first. Ours scores under rescale factors
-of 1, and the loss must agree. Seconds are processor time of the process, which does not count other jobs on the
-machine; memory is the peak resident set during the first run less the resident set before it, after a short warm-up.
-Writes evaluator.json and evaluator.md. Needs Linux.
+Every measurement is a process of its own, the two take turns, and of each the fastest run and the smallest peak count.
+Model: the reference model, or any other folder; tokens are random, BOS first. Ours scores under factors, all of them 1,
+and the loss must agree. Seconds are processor time of the process, which does not count other jobs on the machine;
+memory is the peak resident set during the first run less the resident set before it, after a short warm-up. Writes
+evaluator.json and evaluator.md. Needs Linux.
 """
 
 from __future__ import annotations

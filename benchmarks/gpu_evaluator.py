@@ -3,9 +3,9 @@
     python benchmarks/gpu_evaluator.py
 
 For each length: seconds, tokens a second, the share of the card's bfloat16 matrix rate (measured first), and peak
-memory; transformers' own ``model(ids, labels=ids)`` where it fits; and one refinement step at 128k. From 1M tokens on, two
-of the 32 layers run at full length: their peak is measured, and the time of all is scaled from theirs and labelled so;
-``--whole`` runs all 32. Needs torch, transformers and numpy only. Writes gpu_evaluator.json and gpu_evaluator.md.
+memory; transformers' own ``model(ids, labels=ids)`` where it fits; and one refinement step at 128k. From 1M tokens on,
+two of the 32 layers run at full length: their peak is measured, and the time of all is scaled from theirs and labelled
+so; ``--whole`` runs all 32. Needs torch, transformers and numpy only. Writes gpu_evaluator.json and gpu_evaluator.md.
 ``--tiny`` is for trying the script itself, on any device.
 """
 
@@ -16,6 +16,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,13 +100,19 @@ def measured(function: Callable[[], Any], device: torch.device, repeats: int) ->
 def matrix_rate(device: torch.device, size: int) -> float:
     """FLOPs a second of a square bfloat16 product, the fastest of 20."""
     a, b = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in range(2))
-    found = measured(lambda: a @ b, device, 20)
+    found = measured(partial(torch.matmul, a, b), device, 20)
     assert found is not None
     return 2 * size**3 / found[0]
 
 
+def forward(model: LlamaForCausalLM, ids: torch.Tensor) -> Any:
+    """Transformers' own way to a loss."""
+    with torch.inference_mode():
+        return model(input_ids=ids, labels=ids, use_cache=False).loss
+
+
 def work(model: LlamaForCausalLM, length: int) -> float:
-    """FLOPs of a causal forward: 2 n^2 d layers of attention, 2 n a weight of the linear maps, the head's among them."""
+    """FLOPs of a causal forward: 2 n^2 d layers of attention, 2 n a weight of the linear maps, with the head's."""
     config = model.config
     linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
     return 2.0 * length**2 * config.hidden_size * config.num_hidden_layers + 2.0 * length * linear
@@ -153,29 +160,24 @@ def main() -> None:
     for length in whole:
         ids = tokens(length)
         repeats = 3 if length <= 128 * K else 1
-        found = measured(lambda ids=ids: negative_log_likelihood(loaded, ids, factors), device, repeats)  # type: ignore[misc]
+        found = measured(partial(negative_log_likelihood, loaded, ids, factors), device, repeats)
         note("evaluator", length, found, work(model, length))
-    found = measured(lambda: loss_and_gradient(loaded, tokens(args.refine), factors), device, 1)
+    found = measured(partial(loss_and_gradient, loaded, tokens(args.refine), factors), device, 1)
     note("refinement step", args.refine, found, 0.0)
     del loaded, model
-    theirs = build(shape, device, "sdpa")
+    layers = shape["num_hidden_layers"]
+    model = build(shape, device, "sdpa")
     for length in args.lengths:
         ids = torch.as_tensor(tokens(length).astype(np.int64), device=device)[None]
-
-        def forward(ids: torch.Tensor = ids) -> Any:
-            with torch.inference_mode():
-                return theirs(input_ids=ids, labels=ids, use_cache=False).loss
-
-        note("transformers", length, measured(forward, device, 1), work(theirs, length))
-    layers = theirs.config.num_hidden_layers
-    del theirs
+        note("transformers", length, measured(partial(forward, model, ids), device, 1), work(model, length))
+    del model
     if not args.whole:
         model = build({**shape, "num_hidden_layers": FEW}, device, attention.NAME)
         loaded = ours(model, args.chunk, args.hidden_on_host)
         for length in args.scaled:
             ids = torch.as_tensor(tokens(length).astype(np.int64), device=device)[None]
             # The layers alone: the head, a few tens of seconds at most, is not scaled up with them, nor counted.
-            found = measured(lambda ids=ids: engine.hidden_states(loaded, ids, factors), device, 1)  # type: ignore[misc]
+            found = measured(partial(engine.hidden_states, loaded, ids, factors), device, 1)
             share = work(model, length) - 2.0 * length * model.lm_head.weight.numel()
             note(f"{FEW} of {layers} layers", length, found, share * layers / FEW, layers / FEW)
     args.out.mkdir(parents=True, exist_ok=True)

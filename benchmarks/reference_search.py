@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import statistics
@@ -102,21 +103,20 @@ def plot(run: dict[str, Any], out: Path) -> None:
     """Left: best search perplexity by cost, YaRN as a line. Right: rescale factors by dimension."""
     repository = Repository(run["store"])
     name = run["study"]
-    rows = [row for row in repository.generations(name) if row.part == "search" and row.nll is not None]
-    record = repository.study(name)
-    documents = len(record.settings["documents"]["search"])
     fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), constrained_layout=True)
-    perplexities = [2.718281828459045 ** (row.nll / row.tokens) for row in rows if row.nll is not None]
-    yarn = next(p for row, p in zip(rows, perplexities, strict=True) if "yarn" in row.origin)
-    best = [min(perplexities[: i + 1]) for i in range(len(perplexities))]
-    cost = [(i + 1) * documents for i in range(len(perplexities))]
-    left.plot(cost, perplexities, ".", markersize=3, color="#888888", label="an individual")
-    left.plot(cost, best, color="#d55e00", label="best so far")
+    record, multiple = repository.study(name), repository.cost(name).multiple or 0.0
+    points = repository.trajectory(name)
+    cost = [point.forwards + multiple * point.gradients for point in points]
+    best = [math.exp(point.loss) for point in points]
+    yarn = next(
+        math.exp(row.nll / row.tokens) for row in repository.generations(name) if "yarn" in row.origin and row.nll
+    )
+    left.step(cost, best, where="post", color="#d55e00", label="best so far")
     left.axhline(yarn, color="#0072b2", linestyle="--", label="YaRN")
     left.set(
         xlabel="cost, document forwards",
         ylabel="perplexity on the search documents",
-        ylim=(min(best) - 0.1, yarn * 1.25),
+        ylim=(min(best) - 0.1, yarn * 1.1),
     )
     left.legend(frameon=False)
     identity = record.settings["identity"]

@@ -76,6 +76,19 @@ def yarn(spec: RopeSpec, scale: float, betas: tuple[float, float] | None = None)
     )
 
 
+# Coarse to fine, by factors of two and of the root of two: where the ramp begins, and where it ends.
+RAMP_FAST, RAMP_SLOW = (32.0, 16.0, 8.0, 4.0, 2.0), (1.0, 0.7, 0.5, 0.35)
+
+
+def ramps(spec: RopeSpec, scale: float) -> dict[str, Factors]:
+    """YaRN's ramp with other betas, by name: every family of curves a search starts from has its best one elsewhere.
+
+    Models differ in which pairs they use for what lies near, and in how well the slow ones were trained. Two numbers
+    describe that well enough for a start; see benchmarks/NOTES.md.
+    """
+    return {f"ramp:{fast:g},{slow:g}": yarn(spec, scale, (fast, slow)) for fast in RAMP_FAST for slow in RAMP_SLOW}
+
+
 BASELINES: dict[str, Callable[[RopeSpec, float], Factors]] = {
     "none": none,
     "pi": pi,

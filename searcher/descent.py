@@ -11,7 +11,8 @@ So the first step of pair i is ``rate``, or ``phase / theta_i`` where that is le
 
 A refinement runs in legs, whose rate falls linearly to zero. Where a leg ends, its point is snapped to the grid and
 scored like any individual. A leg that found nothing better is taken back, and the next one starts from the best point
-at a quarter of the rate: the step adapts to the model, and a refinement never ends worse than it began.
+at a quarter of the rate; after one that did, at half of it, and so does the refinement at the end. So the step adapts
+to the model, and a refinement never ends worse than it began.
 """
 
 from __future__ import annotations
@@ -45,12 +46,12 @@ class Refinement:
     attention: whether the attention factor is learnt too.
     """
 
-    steps: int = 40
+    steps: int = 30
     legs: int = 1
     final_legs: int = 0
     starts: int = 1
-    rate: float = 0.15
-    phase: float = 0.06
+    rate: float = 0.05
+    phase: float = 0.02
     attention: bool = False
 
     def __post_init__(self) -> None:
@@ -76,7 +77,8 @@ class Descent:
     logs: ln lambda, shape (pairs,).
     log_attention: ln attention factor.
     first, second: moments of the gradient, shape (pairs + 1,), the attention factor's last.
-    step: gradients taken.
+    step: steps taken.
+    gradients: how many of them had a gradient.
     """
 
     logs: FloatArray
@@ -85,6 +87,7 @@ class Descent:
     first: FloatArray = field(repr=False)
     second: FloatArray = field(repr=False)
     step: int = 0
+    gradients: int = 0
 
     @classmethod
     def start(cls, factors: Factors) -> Descent:
@@ -123,14 +126,14 @@ def descend(
     slope[:-1] = space.free_gradient(slope[:-1])
     first = FIRST_MOMENT * descent.first + (1 - FIRST_MOMENT) * slope
     second = SECOND_MOMENT * descent.second + (1 - SECOND_MOMENT) * slope * slope
-    taken = descent.step + 1
+    taken = descent.gradients + 1
     scale = np.sqrt(second / (1 - SECOND_MOMENT**taken)) + TINY
     # The attention factor multiplies all logits alike, as slow pairs do.
     sizes = np.minimum(settings.rate, settings.phase / np.asarray([*frequencies, settings.phase / settings.rate]))
     moved = share * (1 - descent.step / settings.steps) * sizes * first / (1 - FIRST_MOMENT**taken) / scale
     logs = _projected(descent.logs - moved[:-1], (scale / sizes)[:-1], space)
     log_attention = descent.log_attention - float(moved[-1]) * settings.attention
-    return Descent(logs, descent.n_hat, log_attention, first, second, taken)
+    return Descent(logs, descent.n_hat, log_attention, first, second, descent.step + 1, taken)
 
 
 def _projected(logs: FloatArray, weights: FloatArray, space: SearchSpace) -> FloatArray:

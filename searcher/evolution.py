@@ -17,6 +17,7 @@ from searcher.operators import check_mutation, crossover, mutate, random_individ
 from searcher.space import Individual, SearchSpace
 
 MOST = 10_000_000  # individuals; more is a slip of the keyboard
+N_HAT_TRIAL = "n_hat trial"
 ATTEMPTS = 64  # draws of one child before a random individual, and before giving up on a full space
 
 
@@ -124,7 +125,7 @@ def ask(
     if settings.n_hat_trials and state.generation == 1:
         best = state.ranked()[0][0]
         tried = [Individual(best.steps, n_hat) for n_hat in space.n_hats]
-        children = [Child(individual, "n_hat trial") for individual in tried if individual not in taken]
+        children = [Child(individual, N_HAT_TRIAL) for individual in tried if individual not in taken]
         if children:
             return children
     if state.generation == 0:

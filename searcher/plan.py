@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from searcher.baselines import BASELINES
+from searcher.baselines import BASELINES, ramps
 from searcher.critical import practical_pair
 from searcher.descent import Refinement
 from searcher.errors import LongRopeError
@@ -41,7 +41,7 @@ PRESETS: dict[str, Preset] = {
         Evolution(
             population=1, parents=4, mutants=6, crosses=2, generations=2, mutation="lognormal", n_hat_trials=True
         ),
-        Refinement(),
+        Refinement(steps=30, legs=1, final_legs=1),
         Racing(),
         finalists=3,
         all_seeds_final=False,
@@ -180,14 +180,19 @@ def search_plan(
         sampler=settings.sampler,
         refinement=settings.refinement,
         racing=settings.racing,
+        ramps=ramps(spec, scale) if settings.refinement is not None and settings.refinement.legs else {},
     )
 
 
 def _space(settings: SearchSettings, spec: RopeSpec, scale: float) -> SearchSpace:
     if settings.critical is None:
-        return SearchSpace.for_scale(spec.pairs, scale, settings.upper_ratio or 1.25, settings.n_hats)
+        return SearchSpace.for_scale(
+            spec.pairs, scale, 1.25 if settings.upper_ratio is None else settings.upper_ratio, settings.n_hats
+        )
     critical = practical_pair(settings.critical, spec)
-    return SearchSpace.for_critical(spec.pairs, scale, critical, settings.n_hats, settings.upper_ratio or 2.0)
+    return SearchSpace.for_critical(
+        spec.pairs, scale, critical, settings.n_hats, 2.0 if settings.upper_ratio is None else settings.upper_ratio
+    )
 
 
 def checked_scale(spec: RopeSpec, target_length: int) -> float:

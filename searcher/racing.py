@@ -35,8 +35,8 @@ class Racing:
     caution: residual deviations a child is allowed to do better than expected.
     """
 
-    after: tuple[int, ...] = (1, 2)
-    caution: float = 3.0
+    after: tuple[int, ...] = (1, 2, 3)
+    caution: float = 2.0
 
     def __post_init__(self) -> None:
         if any(point < 1 for point in self.after) or sorted(set(self.after)) != list(self.after):
@@ -82,3 +82,25 @@ class Race:
             head = math.fsum(child) - math.fsum(reference) if is_alive else math.inf
             kept.append(is_alive and head + slope * head - self.settings.caution * deviation <= 0)
         return kept
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The plainest race, where nothing is known to race against: after one document the best of it go on.
+
+    Attributes
+    ----------
+    survivors: how many go on.
+    """
+
+    survivors: int
+
+    def points(self, documents: int) -> list[int]:
+        """After how many of the documents candidates may be left."""
+        return [1] if documents > 1 else []
+
+    def kept(self, losses: Sequence[Sequence[float]]) -> list[bool]:
+        """Whether each candidate goes on; of equals, those asked for first."""
+        order = sorted(range(len(losses)), key=lambda i: (losses[i][0], i))
+        best = {i for i in order[: self.survivors] if math.isfinite(losses[i][0])}
+        return [i in best for i in range(len(losses))]

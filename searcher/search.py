@@ -14,9 +14,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from searcher.descent import Descent, Refinement, descend
-from searcher.evolution import Evolution, State, ask, learn, tell
+from searcher.errors import LongRopeError
+from searcher.evolution import N_HAT_TRIAL, Evolution, State, ask, generator, learn, tell
 from searcher.pareto import pareto, tradeoffs
-from searcher.racing import Race, Racing
+from searcher.racing import Cut, Race, Racing
 from searcher.rope import Factors
 from searcher.samplers import Sampler, propose
 from searcher.space import GRID, Individual, SearchSpace
@@ -41,6 +42,8 @@ from searcher.study import (
     score_gradients,
 )
 
+RAMPS_KEPT, TRIALS_KEPT = 5, 3
+ORDER = 2**32 - 1  # the child whose randomness orders the documents of a refinement
 # What a leg's end does to the step size of the next one.
 AFTER_SUCCESS, AFTER_FAILURE = 0.5, 0.25
 
@@ -62,6 +65,8 @@ class SearchPlan:
     frequencies: of the unscaled RoPE, in radians a token, one a pair; what a refinement sizes its steps by.
     sampler: proposes in evolution's place.
     refinement, racing: None leaves them out.
+    ramps: name to factors that a refinement may start from beside the seeds: all are scored on one document, the best
+        RAMPS_KEPT on the others too.
     """
 
     evolution: Evolution
@@ -77,6 +82,31 @@ class SearchPlan:
     sampler: Sampler | None = None
     refinement: Refinement | None = None
     racing: Racing | None = None
+    ramps: Mapping[str, Factors] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        refined = self.refinement is not None and self.refinement.gradients
+        if refined and len(self.frequencies) != self.space.pairs:
+            raise LongRopeError(
+                f"A refinement needs the frequencies of all {self.space.pairs} pairs, not {len(self.frequencies)}."
+            )
+
+    def most_evaluations(self, documents: int) -> int:
+        """About how many units the search is made of on so many search documents, the selection set aside."""
+        whole = self.sampler.individuals if self.sampler is not None else self.evolution.individuals
+        if self.sampler is None:
+            whole += max(0, len(self.seeds) - self.evolution.population)
+        units = whole * documents
+        if self.ramps:
+            units += len(self.ramps) + RAMPS_KEPT * (documents - 1)
+        if self.sampler is None and self.evolution.n_hat_trials and len(self.space.n_hats) > 1:
+            trials = len(self.space.n_hats) - 1
+            units += trials + TRIALS_KEPT * (documents - 1)
+            units -= (self.evolution.mutants + self.evolution.crosses) * documents  # the generation they stand for
+        if self.refinement is not None:
+            legs = self.refinement.starts * self.refinement.legs + self.refinement.final_legs
+            units += self.refinement.gradients + legs * documents
+        return units
 
 
 @dataclass(frozen=True)
@@ -150,18 +180,19 @@ class _Stage:
         self.seeds = {name: plan.space.snap(factors) for name, factors in plan.seeds.items()}
         self.attention = plan.attention_factor
         self.history: list[float] = []
-        self.forwards = self.gradients = self.dropped = self.steps = self.legs = 0
+        self.forwards = self.gradients = self.dropped = self.steps = self.outsiders = 0
 
     def run(self) -> SearchResult:
         refinement = self.plan.refinement
         self.next_generation()
         self.opening = self.state.scores
+        self.scan(self.plan.ramps)
         if refinement is not None:
-            self.refine(self.best(refinement.starts), refinement.legs, refinement)
+            self.refine(self.best(refinement.starts), refinement.legs, refinement, share=1.0)
         while self.next_generation():
             pass
         if refinement is not None:
-            self.refine(self.best(1), refinement.final_legs, refinement)
+            self.refine(self.best(1), refinement.final_legs, refinement, share=AFTER_SUCCESS)
         winner, without_n_hat = self.select()
         return SearchResult(
             winner=winner,
@@ -185,7 +216,7 @@ class _Stage:
         generation: int,
         candidates: Sequence[Candidate],
         documents: str,
-        race: Race | None = None,
+        race: Race | Cut | None = None,
         spare: Sequence[Unit] = (),
     ) -> list[Score]:
         found = self.documents[documents]
@@ -228,17 +259,23 @@ class _Stage:
             return False
         short: dict[Individual, float] = {}
         if plan.sampler is not None and plan.sampler.two_objectives:
+            if SEARCH_SHORT not in self.documents:
+                raise LongRopeError(
+                    f"The sampler {plan.sampler.name} needs {SEARCH_SHORT} documents beside the others."
+                )
             scores = self.score(SEARCH_SHORT, generation, candidates, SEARCH_SHORT)
             short = {individual_of(c): score.loss for c, score in zip(candidates, scores, strict=True)}
-        scores = self.score("search", generation, candidates, "search", self.race(), self.spare())
+        scores = self.score("search", generation, candidates, "search", self.race(candidates), self.spare())
         self.state = tell(self.state, self.keep(candidates, scores), short)
         self.history.append(self.state.ranked()[0][1])
         return True
 
-    def race(self) -> Race | None:
-        """The race for a place among the parents; generation 0 is scored whole."""
+    def race(self, candidates: Sequence[Candidate]) -> Race | Cut | None:
+        """The race for a place among the parents, of n_hat trials for the first place; generation 0 is scored whole."""
         if self.plan.racing is None or self.state.generation == 0:
             return None
+        if all(candidate.origin == N_HAT_TRIAL for candidate in candidates):
+            return Cut(TRIALS_KEPT)
         whole = [self.scored[i][1].by_document for i, loss in self.state.ranked() if math.isfinite(loss)]
         return Race(self.plan.racing, whole, self.plan.evolution.parents)
 
@@ -252,11 +289,36 @@ class _Stage:
         known = self.store.known([unit.key for unit in units])
         return [unit for unit in units if unit.key not in known]
 
-    def refine(self, starts: Sequence[Candidate], legs: int, settings: Refinement) -> None:
-        """Descend from each of the starts, side by side, leg after leg; what is found joins the scored individuals."""
-        documents = self.documents.get(REFINE) or self.documents["search"]
+    def scan(self, ramps: Mapping[str, Factors]) -> None:
+        """Score ramps that are not scored yet, most of them on one document."""
+        snapped: dict[Individual, str] = {}
+        for name, factors in ramps.items():
+            individual = self.plan.space.snap(replace(factors, n_hat=0))
+            if individual not in self.scored:
+                snapped.setdefault(individual, name)
+        candidates = [Candidate(individual.factors(self.attention), name) for individual, name in snapped.items()]
+        if candidates:
+            self.outside(candidates, Cut(RAMPS_KEPT))
+
+    def outside(self, candidates: Sequence[Candidate], race: Cut | None = None) -> list[Score]:
+        """Score what no generation asked for; it joins the scored individuals."""
+        scores = self.score(REFINED, self.outsiders, candidates, "search", race)
+        self.outsiders += 1
+        self.state = learn(self.state, self.keep(candidates, scores))
+        self.history.append(self.state.ranked()[0][1])
+        return scores
+
+    def refine(self, starts: Sequence[Candidate], legs: int, settings: Refinement, share: float) -> None:
+        """Descend from each of the starts, side by side, leg after leg; what is found joins the scored individuals.
+
+        ``share`` of the settings' step sizes is what the first leg begins with.
+        """
+        given = self.documents.get(REFINE) or self.documents["search"]
+        # Another order for another seed: what differs between seeds tells what the order was worth.
+        order = generator(self.plan.seed, self.plan.stage, 0, ORDER).permutation(len(given))
+        documents = [given[i] for i in order]
         best = [(start, self.scored[individual_of(start)][1].loss) for start in starts]
-        shares = [1.0] * len(best)
+        shares = [share] * len(best)
         for _ in range(legs):
             descents = [Descent.start(candidate.factors) for candidate, _ in best]
             for _ in range(settings.steps):
@@ -269,10 +331,7 @@ class _Stage:
                     for descent, outcome, share in zip(descents, outcomes, shares, strict=True)
                 ]
             ends = [self.snapped(descent, start) for descent, start in zip(descents, starts, strict=True)]
-            scores = self.score(REFINED, self.legs, ends, "search")
-            self.legs += 1
-            self.state = learn(self.state, self.keep(ends, scores))
-            self.history.append(self.state.ranked()[0][1])
+            scores = self.outside(ends)
             for i, (end, score) in enumerate(zip(ends, scores, strict=True)):
                 if score.loss < best[i][1]:
                     best[i] = (end, score.loss)

@@ -129,9 +129,9 @@ class SearchSpace:
     def project(self, values: Sequence[float] | npt.NDArray[np.floating]) -> FloatArray:
         """The rescale factors that ``values`` stand for in this space, off the grid; both in hundredths, (pairs,).
 
-        The searched pairs are clipped and projected to non-decreasing order, which is the nearest such sequence in
-        least squares. What ``values`` says of the pairs below the critical one is not looked at: they follow NTK up
-        to the projected factor of that one.
+        The searched pairs are clipped, then projected to non-decreasing order: the nearest such sequence to the clipped
+        values in least squares. What ``values`` says of the pairs below the critical one is not looked at: they follow
+        NTK up to the projected factor of that one.
         """
         values = np.asarray(values, dtype=np.float64)
         if values.shape != (self.pairs,):

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from searcher.errors import LongRopeError
-from searcher.racing import Race
+from searcher.racing import Cut, Race
 from searcher.rope import Factors
 
 PARTS = ("search", "selection", "test")
-REFINED = "refined"  # the part of a study where the ends of a refinement's legs are scored on the search documents
+REFINED = "refined"  # the part of a study with what a refinement starts from and ends at, on the search documents
 REFINE = "refine"  # windows that a gradient refinement descends on: further ones of the search documents
 SEARCH_SHORT = "search_short"  # windows of the original length, the second objective of some samplers
 SHORT = "short"  # text within the original length: what factors cost there; reported where it is given
@@ -223,7 +223,7 @@ def score_generation(
     store: Store,
     observer: Observer,
     stage: int = 0,
-    race: Race | None = None,
+    race: Race | Cut | None = None,
     spare: Sequence[Unit] = (),
 ) -> list[Score]:
     """Every candidate's score on a set of documents, in ask order; computes only what the store does not know.
@@ -341,19 +341,19 @@ class _Generation:
             self.uncomputed.append(outcome)
             self.in_a_row += 1
             if self.in_a_row == max(UNCOMPUTED_IN_A_ROW, 2 * len(self.documents)):
-                raise _nothing_computed(self.in_a_row, outcome)
+                raise _nothing_computed(self.in_a_row, outcome, self.gradient)
 
     def losses(self, i: int, seen: int) -> tuple[float, ...]:
         """Nats of candidate i on the first ``seen`` documents; infinity where it failed."""
-        return tuple(
-            outcome.nll if outcome is not None and outcome.nll is not None else math.inf
-            for outcome in self.known[i][:seen]
+        values = (
+            math.inf if outcome is None or outcome.nll is None else outcome.nll for outcome in self.known[i][:seen]
         )
+        return tuple(value if math.isfinite(value) else math.inf for value in values)
 
     def finish(self, seen_by: Sequence[int]) -> list[Score]:
         """Everyone's score on its first ``seen_by`` documents."""
         if self.uncomputed and not any(o is not None and o.nll is not None for row in self.known for o in row):
-            raise _nothing_computed(len(self.uncomputed), self.uncomputed[-1])
+            raise _nothing_computed(len(self.uncomputed), self.uncomputed[-1], self.gradient)
         # Only now: a failure that is recorded is final in this study, since later generations build on it.
         for outcome in self.uncomputed:
             self.store.record(outcome)
@@ -361,10 +361,14 @@ class _Generation:
         return [total(row[:seen], len(row)) for row, seen in zip(self.known, seen_by, strict=True)]
 
 
-def _nothing_computed(count: int, last: Outcome) -> LongRopeError:
+def _nothing_computed(count: int, last: Outcome, gradient: bool) -> LongRopeError:
+    other = (
+        " Where gradients do not fit, launch it anew with --refine-legs 0 --refine-final-legs 0; what was scored is "
+        "found in the store."
+    )
     return LongRopeError(
-        f"{count} evaluations in a row could not be computed, the last because: {last.failure}; mend that, then go on "
-        "with longrope resume, which tries them again."
+        f"{count} evaluation{'s in a row' if count > 1 else ''} could not be computed, the last because: {last.failure}; mend that, then go on "
+        f"with longrope resume, which tries them again.{other if gradient else ''}"
     )
 
 

@@ -132,7 +132,7 @@ def factor_file(
     alternative = None
     if method == "searched" and factors.n_hat > 0 and WITHOUT_N_HAT in result["factors"]:
         alternative = WithoutNHat(factors_of(result, WITHOUT_N_HAT), _regime_scores(result, WITHOUT_N_HAT))
-    # The attention factor of a baseline's own method, and one that was learnt, are numbers here, not the study's policy.
+    # A baseline's own attention factor, or one that was learnt, is a number here, not the study's policy.
     is_study = method == "searched" and factors.attention_factor == result["attention_factor"]
     policy = settings.attention if is_study else repr(factors.attention_factor)
     regime = Regime(

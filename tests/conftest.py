@@ -24,8 +24,8 @@ DOCUMENT_TOKENS = 700  # two windows of four times the tiny model's own
 
 # A whole search of the tiny model in a second, at four times its window: refined before and after evolution, raced.
 SMALL_SEARCH = """
-    --in-process --target=4x --preset=refined --population=12 --parents=4 --mutants=3 --crosses=2 --generations=2
-    --refine-steps=3 --refine-final-legs=1 --racing --racing-caution=0.5 --finalists=2 --n-hats=0,2,8,16
+    --in-process --target=4x --preset=refined --population=12 --parents=2 --mutants=5 --crosses=2 --generations=2
+    --refine-steps=3 --refine-final-legs=1 --racing --racing-caution=0 --finalists=2 --n-hats=0,2,8,16
     --search-documents=2 --selection-documents=1 --test-documents=2 --windows=search=1,selection=2,test=2
 """
 

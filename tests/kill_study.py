@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
@@ -27,10 +27,11 @@ from searcher.study import Document
 NAME = "killed"
 FACTORS = f"{NAME}-factors.json"
 IN_PROCESS = "--in-process"
-# A whole search in a second: 20 individuals in 4 generations.
+# A whole search in a second: 18 individuals in 3 generations, raced, with a refinement of one leg before and after.
 SMALL_SEARCH = """
     --target=4x --seed=5 --preset=paper --n-hats=0,4,16 --finalists=2
-    --population=8 --parents=4 --mutants=2 --crosses=2 --generations=3
+    --population=8 --parents=2 --mutants=3 --crosses=2 --generations=2 --racing --racing-caution=0
+    --refine-legs=1 --refine-final-legs=1 --refine-steps=3
     --search-documents=2 --selection-documents=1 --test-documents=2 --windows=search=1,selection=1,test=1
 """
 # Nothing of ours: the server finds modules by its own path, which may lead to another copy than is tested.
@@ -150,13 +151,19 @@ class Study:
                 f"FROM longrope_units u JOIN longrope_candidates c ON c.id = u.candidate_id "
                 f"ORDER BY {place}, u.position"
             ),
-            "evaluations": self._rows("SELECT key, nll, reason, tokens FROM longrope_evaluations ORDER BY key"),
+            "evaluations": self._rows(
+                "SELECT key, nll, reason, tokens, gradient FROM longrope_evaluations "
+                "WHERE key IN (SELECT key FROM longrope_units) ORDER BY key"
+            ),
             "study": self._rows("SELECT name, kind, profile, status, result FROM longrope_studies"),
             "factors": self.factors.read_bytes() if self.factors.exists() else None,
         }
 
     def orphans(self) -> list[tuple[Any, ...]]:
-        """Rows that no other row explains, generations that lack rows, and what SQLite itself finds wrong."""
+        """Rows that no other row explains, generations that lack rows, and what SQLite itself finds wrong.
+
+        With Ray workers an evaluation may be there before its unit is: spare work, that nobody has asked for yet.
+        """
         damage = [row for row in self._rows("PRAGMA integrity_check") if row != ("ok",)]
         if not self._has_tables():
             return damage
@@ -164,8 +171,9 @@ class Study:
             ("longrope_candidates", "study_id", "longrope_studies", "id"),
             ("longrope_units", "candidate_id", "longrope_candidates", "id"),
             ("longrope_candidates", "id", "longrope_units", "candidate_id"),
-            ("longrope_evaluations", '"key"', "longrope_units", '"key"'),
         ]
+        if IN_PROCESS in self._launch:
+            pairs.append(("longrope_evaluations", '"key"', "longrope_units", '"key"'))
         for table, column, other, named in pairs:
             query = f"SELECT '{table}', {column} FROM {table} WHERE {column} NOT IN (SELECT {named} FROM {other})"
             damage += self._rows(query)
@@ -202,11 +210,12 @@ def _append(log: str, label: str) -> None:
 class _Announcing(Document):
     """Ray's workers compute in other processes; sent there, this document tells the log that it has arrived."""
 
-    log: str
-    label: str
+    log: str = ""
+    label: str = ""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _arrive, (self.log, f"scoring {self.label}", Document(self.name, self.sha256, self.length))
+        document = Document(self.name, self.sha256, self.length, self.spans)
+        return _arrive, (self.log, f"scoring {self.label}", document)
 
 
 def _arrive(log: str, label: str, document: Document) -> Document:
@@ -250,20 +259,24 @@ def _drive(command: list[str], stem: Path, moment: Moment | None, environment: d
 
 
 def _install(reached: _Probe) -> None:
-    """Labels for SQL that writes, commits, files that appear, and evaluations before and after they are computed."""
+    """Labels for SQL that writes, commits, files that appear, races, and evaluations before and after computing them.
+
+    What is written of a generation ends in ``@`` and the generation.
+    """
     from sqlalchemy import Engine, event
 
     import runs
-    import searcher.study
+    import searcher.racing
+    import searcher.search
     import workers.scorer
 
-    last = ""
+    last = place = ""
 
     @event.listens_for(Engine, "after_cursor_execute")
     def executed(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
         nonlocal last
         if not statement.startswith(("SELECT", "PRAGMA", "BEGIN")):
-            last = " ".join(statement.split())[:80]
+            last = f"{' '.join(statement.split())[:80]} @ {place}"
             reached(f"sql {last}")
 
     @event.listens_for(Engine, "commit")
@@ -278,19 +291,30 @@ def _install(reached: _Probe) -> None:
         reached(f"replaced {Path(target).name}")
         return result
 
-    place = ""
-    score_generation, score_unit = searcher.study.score_generation, workers.scorer.score_unit
-    open_scorer = runs.open_scorer
+    score_generation, score_gradients = searcher.search.score_generation, searcher.search.score_gradients
+    score_unit, open_scorer = workers.scorer.score_unit, runs.open_scorer
 
-    def scoring_generation(part: str, generation: int, *rest: Any) -> Any:
-        nonlocal place
-        place = f"{part} {generation}"
-        return score_generation(part, generation, *rest)
+    def at_its_place(function: Any) -> Any:
+        def scoring_generation(part: str, generation: int, *rest: Any) -> Any:
+            nonlocal place
+            place = f"{part} {generation}"
+            return function(part, generation, *rest)
 
-    def scoring_unit(loaded: Any, tokens: Any, key: str, *rest: Any) -> Any:
-        reached(f"scoring {place} {key}")
-        outcome = score_unit(loaded, tokens, key, *rest)
-        reached(f"scored {place} {key}")
+        return scoring_generation
+
+    def announcing(kept: Any) -> Any:
+        def racing(self: Any, losses: Any) -> Any:
+            reached(f"racing {place}")
+            result = kept(self, losses)
+            reached(f"raced {place}: {sum(result)} of {len(result)} go on")
+            return result
+
+        return racing
+
+    def scoring_unit(loaded: Any, tokens: Any, unit: Any) -> Any:
+        reached(f"scoring {place} {unit.key}")
+        outcome = score_unit(loaded, tokens, unit)
+        reached(f"scored {place} {unit.key}")
         return outcome
 
     @contextmanager
@@ -300,18 +324,21 @@ def _install(reached: _Probe) -> None:
                 scorer.evaluate = partial(evaluating, scorer.evaluate)
             yield scorer
 
-    def evaluating(evaluate: Any, units: Any) -> Iterator[Any]:
-        told = [
-            replace(unit, document=_Announcing(**asdict(unit.document), log=reached.log, label=f"{place} {unit.key}"))
-            for unit in units
-        ]
-        for outcome in evaluate(told):
+    def announced(unit: Any) -> Any:
+        document = unit.document
+        there = (document.name, document.sha256, document.length, document.spans)
+        return replace(unit, document=_Announcing(*there, log=reached.log, label=f"{place} {unit.key}"))
+
+    def evaluating(evaluate: Any, units: Any, spare: Any = ()) -> Iterator[Any]:
+        for outcome in evaluate([announced(unit) for unit in units], [announced(unit) for unit in spare]):
             reached(f"scored {place} {outcome.key}")
             yield outcome
 
     patched: list[tuple[Any, str, Any]] = [
         (Path, "replace", replacing),
-        (searcher.study, "score_generation", scoring_generation),
+        (searcher.search, "score_generation", at_its_place(score_generation)),
+        (searcher.search, "score_gradients", at_its_place(score_gradients)),
+        *((race, "kept", announcing(race.kept)) for race in (searcher.racing.Race, searcher.racing.Cut)),
         (workers.scorer, "score_unit", scoring_unit),
         (runs, "open_scorer", opening_scorer),
     ]

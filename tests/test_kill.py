@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -28,27 +29,36 @@ MOMENTS = [
     Moment("committing UPDATE longrope_studies SET lease_token*"),
     Moment("sql UPDATE longrope_studies SET profile*"),
     # A generation, written before any of it is computed; then its evaluations.
-    Moment("sql INSERT INTO longrope_candidates*"),
-    Moment("sql INSERT INTO longrope_units*"),
-    Moment("committing INSERT INTO longrope_units*"),
+    Moment("sql INSERT INTO longrope_candidates* @ search 0"),
+    Moment("sql INSERT INTO longrope_units* @ search 0"),
+    Moment("committing INSERT INTO longrope_units* @ search 0"),
     Moment("scoring search 0 *", 3),
     Moment("scored search 0 *", 2),
-    Moment("sql INSERT INTO longrope_evaluations*", 4),
-    Moment("committing INSERT INTO longrope_evaluations*", 2),
-    # The end of a generation, which is the writing of the next.
-    Moment("sql INSERT INTO longrope_candidates*"),
-    Moment("sql INSERT INTO longrope_units*"),
-    Moment("committing INSERT INTO longrope_units*"),
-    Moment("scoring search 2 *"),
+    Moment("sql INSERT INTO longrope_evaluations* @ search 0", 4),
+    Moment("committing INSERT INTO longrope_evaluations* @ search 0", 2),
+    # A refinement: within a step, within the transaction that records a gradient, between steps, at the leg's end.
+    Moment("scoring refine 0 *"),
+    Moment("sql INSERT INTO longrope_evaluations* @ refine 0"),
+    Moment("committing INSERT INTO longrope_evaluations* @ refine 0"),
+    Moment("sql INSERT INTO longrope_candidates* @ refine 1"),
+    Moment("scored refine 2 *"),
+    Moment("sql INSERT INTO longrope_candidates* @ refined *"),
+    Moment("scored refined *"),
+    # Children that race: in a round, before and after the decision between two rounds, at the writing of the next.
+    Moment("scoring search 1 *", 3),
+    Moment("racing search 1"),
+    Moment("raced search 1: *"),
+    Moment("sql INSERT INTO longrope_units* @ search 2"),
+    Moment("raced search 2: *"),
+    # The winner's own refinement.
+    Moment("sql INSERT INTO longrope_evaluations* @ refine 4"),
+    Moment("committing INSERT INTO longrope_units* @ refined *"),
     # The finalists on the selection set, and every row on every set.
-    Moment("sql INSERT INTO longrope_candidates*", 2),
-    Moment("scoring selection 0 *", 2),
+    Moment("sql INSERT INTO longrope_candidates* @ selection 0"),
     Moment("scored selection 0 *", 2),
-    Moment("sql INSERT INTO longrope_units*"),
     Moment("scoring selection 1 *", 3),
-    Moment("committing INSERT INTO longrope_units*"),
-    Moment("sql INSERT INTO longrope_evaluations*", 5),
-    Moment("scored test 1 *", 7),
+    Moment("committing INSERT INTO longrope_units* @ test 1"),
+    Moment("sql INSERT INTO longrope_evaluations* @ test 1", 5),
     Moment("scoring short 1 *", 4),
     # The end: first the file, then the mark that the study is finished, then the lease.
     Moment(f"replacing {FACTORS}"),
@@ -76,7 +86,7 @@ class Report:
         return [
             f"{self.kills} kills with SIGKILL in {self.studies} studies, {self.resumes} resumes, {self.seconds:.0f} s",
             f"{self.evaluations} evaluations started, {self.recomputed} of them again: each was in flight at a kill",
-            "individuals, scores, results and factor files: identical to the undisturbed run's, byte for byte",
+            "individuals, scores, gradients, results and factor files: as the undisturbed run's, byte for byte",
             *(f"  {times} killed at: {label}" for label, times in sorted(self.where.items())),
         ]
 
@@ -113,16 +123,28 @@ class TestUndisturbed:
 
     def test_the_study_is_a_search(self, undisturbed: Undisturbed) -> None:
         trajectory = undisturbed.study.trajectory()
-        assert {(part, generation) for _, part, generation, *_ in trajectory["candidates"]} == {
-            *(("search", generation) for generation in range(4)),
+        places = {(part, generation) for _, part, generation, *_ in trajectory["candidates"]}
+        assert {(part, generation) for part, generation in places if part != "refined"} == {
+            *(("search", generation) for generation in range(3)),
+            *(("refine", step) for step in range(6)),
+            *((part, 1) for part in ("selection", "test", "short")),
             ("selection", 0),
-            ("selection", 1),
-            ("test", 1),
-            ("short", 1),
         }
         values = [nll for _, nll, *_ in trajectory["evaluations"]]
         assert len(set(values)) > 0.9 * len(values) > 80
         assert trajectory["study"][0][3] == "finished"
+
+    def test_it_descends_and_leaves_children_behind(self, undisturbed: Undisturbed) -> None:
+        trajectory = undisturbed.study.trajectory()
+        gradients = [json.loads(gradient) for *_, gradient in trajectory["evaluations"] if gradient is not None]
+        assert len(gradients) == 6
+        assert all(len(gradient) == 9 and any(gradient) for gradient in gradients)
+        ends = {row[5] for row in trajectory["candidates"] if row[1] == "refined" and row[4].startswith("refined:")}
+        assert ends
+        assert ends.isdisjoint(row[5] for row in trajectory["candidates"] if row[1:3] == ("search", 0))
+        raced = [label for label in undisturbed.driver.labels if label.startswith("raced search ")]
+        assert len(raced) == 2
+        assert any(int(label.split()[3]) < int(label.split()[5]) for label in raced)
 
     def test_no_key_is_computed_twice(self, undisturbed: Undisturbed) -> None:
         started = undisturbed.driver.started
@@ -149,7 +171,8 @@ def kill_once(study: Study, report: Report, moment: Moment | None = None, after:
     if driver.status != 0:
         report.kills += 1
         words = (driver.labels or ["the start"])[-1].split()
-        label = " ".join(word[:24] for word in words[: 3 if words[0] in ("scoring", "scored") else 4])
+        kept = 3 if words[0] in ("scoring", "scored", "racing", "raced") else 4
+        label = " ".join(word[:24] for word in words[:kept])
         report.where[label] = report.where.get(label, 0) + 1
     return driver
 

@@ -76,15 +76,16 @@ def run_to_end(study: Study, before: set[str], moments: list[Moment]) -> list[En
 
 
 def test_a_killed_driver(new_study: NewStudy, in_process: Study, tmp_path: Path) -> None:
-    """With workers at work, inside transactions, at the end of a generation and in the final re-scoring."""
+    """With workers at work, inside transactions, in a refinement, between rounds of a race, in the final re-scoring."""
     study = new_study(tmp_path / "study")
     moments = [
         Moment("sql INSERT INTO longrope_studies*"),
         Moment("scored search 0 *", 3),
-        Moment("sql INSERT INTO longrope_candidates*"),
-        Moment("committing INSERT INTO longrope_evaluations*", 2),
+        Moment("sql INSERT INTO longrope_evaluations* @ refine 1"),
+        Moment("sql INSERT INTO longrope_candidates* @ search 1"),
+        Moment("raced search 1: *"),
         Moment("scored selection 0 *", 2),
-        Moment("sql INSERT INTO longrope_evaluations*", 20),
+        Moment("sql INSERT INTO longrope_evaluations* @ test 1", 4),
         Moment(f"replacing {NAME}-factors.json"),
     ]
     drivers = run_to_end(study, segments(), moments)
@@ -117,10 +118,11 @@ def test_a_killed_worker(new_study: NewStudy, in_process: Study, tmp_path: Path)
     wait_for(lambda: is_stopped(driver.pid), 120)
     workers = [process for process in study.processes() if process.name().startswith("ray::Worker")]
     assert len(workers) == WORKERS
+    before_it = len(study.stored())
     workers[0].suspend()
     os.kill(driver.pid, signal.SIGCONT)
-    # The other goes on; at the end of the generation all wait for the one that is suspended.
-    wait_for(lambda: len(study.stored()) >= 16 + 2, 60)
+    # The other goes on; at the end of the round all wait for the one that is suspended.
+    wait_for(lambda: len(study.stored()) >= before_it + 2, 60)
     workers[0].kill()
     driver.join(240)
     assert driver.exitcode == 0, stem.with_suffix(".out").read_text()

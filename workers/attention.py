@@ -52,6 +52,7 @@ def attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it.
@@ -66,6 +67,7 @@ def attention(
     scaling: of the logits; None for head_dim^-0.5.
     sliding_window: keys a query sees, itself among them.
     softcap: logits become softcap * tanh(logits / softcap).
+    s_aux: None; attention sinks are not computed.
 
     Returns
     -------
@@ -73,6 +75,8 @@ def attention(
     """
     if attention_mask is not None:
         raise LongRopeError("The attention function longrope is causal and takes no mask.")
+    if s_aux is not None:
+        raise LongRopeError("The attention function longrope computes no attention sinks; use --attention eager.")
     queries, keys = query.shape[2], key.shape[2]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     windowed = sliding_window is not None and sliding_window < keys
@@ -106,7 +110,8 @@ def _fused(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> bool:
         return True
     from torch.backends.cuda import SDPAParams, can_use_flash_attention
 
-    return can_use_flash_attention(SDPAParams(query, key, value, None, dropout, True, True))
+    # Asked as if not causal: with fewer queries than keys the check refuses that, yet the kernel is lower-right causal.
+    return can_use_flash_attention(SDPAParams(query, key, value, None, dropout, False, True))
 
 
 def _merged(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -123,19 +128,20 @@ def _windowed(query: Tensor, key: Tensor, value: Tensor, scale: float, window: i
     """Blocks of queries, each against the keys its window reaches, under a mask of that size."""
     queries, past = query.shape[2], key.shape[2] - query.shape[2]
     block = min(max(window // 4, 64), 1024)  # a quarter more keys than the window holds; a mask of a few MiB
+
+    def rows(part: Tensor, near: Tensor, worth: Tensor, place: int, first: int) -> Tensor:
+        if part.device.type == "cuda":  # its kernels that take a mask want as many key-value heads as heads
+            groups = part.shape[1] // near.shape[1]
+            near, worth = near.repeat_interleave(groups, 1), worth.repeat_interleave(groups, 1)
+        seen = _seen(place, place + part.shape[2], first, window, part.device)
+        return scaled_dot_product_attention(part, near, worth, seen[None, None], dropout, scale=scale, enable_gqa=True)
+
     results = []
     for start in range(0, queries, block):
         end = min(start + block, queries)
         first = max(0, past + start - window + 1)
         near, worth = key[:, :, first : past + end], value[:, :, first : past + end]
-        if query.device.type == "cuda":  # its kernels that take a mask want as many key-value heads as heads
-            groups = query.shape[1] // key.shape[1]
-            near, worth = near.repeat_interleave(groups, 1), worth.repeat_interleave(groups, 1)
-        seen = _seen(start + past, end + past, first, window, query.device)
-        part = scaled_dot_product_attention(
-            query[:, :, start:end], near, worth, seen[None, None], dropout, scale=scale, enable_gqa=True
-        )
-        results.append(part)
+        results.append(_again(rows, query[:, :, start:end], near, worth, past + start, first))
     return torch.cat(results, dim=2)
 
 

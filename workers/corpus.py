@@ -155,12 +155,15 @@ def _deal(request: CorpusRequest, tokenizer: Any, length: int) -> tuple[Document
     return draw_sets(documents, length, request.quotas(), request.seed, bos), documents
 
 
-def study_windows(request: CorpusRequest, tokenizer: Any, length: int, original_length: int) -> DocumentSets:
+def study_windows(
+    request: CorpusRequest, tokenizer: Any, length: int, original_length: int, short_search: bool = False
+) -> DocumentSets:
     """The sets of a search with two more, and needles planted where they are asked for.
 
     ``short`` is the start of every test window as a window of the original length. ``refine`` are further windows of
     the search documents, at most as many of each as asked for, disjoint from the search windows; the first of every
     document, then the second of each, and so on. A document without any comes last, with its search windows.
+    ``search_short``, where it is asked for, is to the search windows what ``short`` is to the test windows.
 
     Raises
     ------
@@ -173,7 +176,10 @@ def study_windows(request: CorpusRequest, tokenizer: Any, length: int, original_
     if request.needles:
         for part in ("search", "selection", REFINE):
             windows[part] = tuple(plant(w, tokenizer, request.seed, request.needles) for w in windows[part])
-    return replace(sets, windows={**windows, SHORT: _starts(windows["test"], tokenizer, original_length)})
+    windows[SHORT] = _starts(windows["test"], tokenizer, original_length)
+    if short_search:
+        windows[SEARCH_SHORT] = _starts(sets.windows["search"], tokenizer, original_length)
+    return replace(sets, windows=windows)
 
 
 def _refine_windows(
@@ -221,13 +227,6 @@ def evaluation_windows(
     documents = tokenise(read_texts(paths, text_column), tokenizer, default_cache_dir())
     sets = named_sets({"test": documents}, length, {"test": Quota(None, windows)}, tokenizer.bos_token_id)
     return sets.windows["test"]
-
-
-def with_short_search(sets: DocumentSets, tokenizer: Any, original_length: int) -> DocumentSets:
-    """The sets and ``search_short`` beside: the start of every search window as a window of the original length."""
-    return replace(
-        sets, windows={**sets.windows, SEARCH_SHORT: _starts(sets.windows["search"], tokenizer, original_length)}
-    )
 
 
 def _starts(windows: Sequence[Window], tokenizer: Any, original_length: int) -> tuple[Window, ...]:

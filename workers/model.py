@@ -277,6 +277,10 @@ def load_model(request: ModelRequest, shared: SharedWeights | None = None) -> Lo
     for name, parameter in model.named_parameters() if shared is None else ():
         if not bool(torch.isfinite(parameter).all()):
             raise LongRopeError(f"{name} of {request.path} holds values that are not finite; the weights are broken.")
+    if attention == own_attention.NAME and any(name.endswith("sinks") for name, _ in model.named_parameters()):
+        raise LongRopeError(
+            f"{request.path} has attention sinks, which {attention} attention does not compute; use --attention eager."
+        )
     try:
         model = _put_on(model.eval().requires_grad_(False), device, request.stream_weights)
     except (RuntimeError, AssertionError) as error:  # too little memory there, or no such device in this torch

@@ -3,10 +3,10 @@
 The loss is smooth in ln lambda, and one backward pass gives all its derivatives at once, for about the price of two
 more forwards. Only cos and sin carry a gradient: the weights ask for none.
 
-Where the activations would take more than KEPT_BYTES, every decoder layer and every piece of the head is a checkpoint,
-computed again on the way back, and so is every piece of a layer's feed-forward block. Memory then holds the hidden
-states between layers, the attention of one layer, and one piece of the widest activations; weights that are streamed
-visit the device for one layer's turn, on the way there and on the way back.
+Where the activations would take more than KEPT_BYTES, or the window is longer than TOKENS_AT_ONCE, every decoder layer
+and every piece of the head is a checkpoint, computed again on the way back, and so is every piece of a layer's
+feed-forward block. Memory then holds the hidden states between layers, the attention of one layer, and one piece of the
+widest activations; weights that are streamed visit the device for one layer's turn, on the way there and back.
 """
 
 from __future__ import annotations
@@ -65,25 +65,37 @@ def loss_and_gradient(
     if not pieces:
         return 0.0, 0, (0.0,) * (len(lambdas) + 1)
     # Tokens made under inference mode could not be saved for the way back.
-    with torch.inference_mode(False), torch.enable_grad():
+    with _strict(loaded.device), torch.inference_mode(False), torch.enable_grad():
         ids = torch.as_tensor(np.asarray(tokens, dtype=np.int64), device=loaded.device)[None]
         logs = torch.tensor([math.log(value) for value in lambdas], dtype=torch.float64, requires_grad=True)
         log_attention = torch.tensor(math.log(factors.attention_factor), dtype=torch.float64, requires_grad=True)
         rotation = _Rotary(loaded, factors, logs, log_attention)
         total = torch.zeros((), dtype=torch.float64, device=loaded.device)
-        kept = not loaded.stream_weights and _activations(loaded, len(tokens)) <= KEPT_BYTES
-        again = _nats if kept else partial(_again, _nats)
-        with (
-            nullcontext() if kept else _checkpointed(loaded)
-        ):  # until the gradient is there: what is computed again runs through it too
-            with rescaled(model, [], [rotation]):
-                hidden = getattr(model, model.base_model_prefix)(input_ids=ids, use_cache=False).last_hidden_state
+        kept = _all_kept(loaded, len(tokens))
+        nats = _nats if kept else partial(_again, _nats)
+        # Until the gradient is there: what is computed again runs through it too.
+        with nullcontext() if kept else _checkpointed(loaded), rescaled(model, [], [rotation]):
+            hidden = getattr(model, model.base_model_prefix)(input_ids=ids, use_cache=False).last_hidden_state
             with only_head(model):
                 for start, end in pieces:
-                    total = total + again(model, hidden[:, start - 1 : end - 1], ids[0, start:end])
+                    total = total + nats(model, hidden[:, start - 1 : end - 1], ids[0, start:end])
                 by_lambda, by_attention = torch.autograd.grad(total, (logs, log_attention))
     count = sum(end - start for start, end in pieces)
     return total.item(), count, (*by_lambda.tolist(), by_attention.item())
+
+
+@contextmanager
+def _strict(device: torch.device) -> Iterator[None]:
+    """Equal bits on the way back too: where torch only warns, its attention kernels on CUDA add up in any order."""
+    if device.type != "cuda" or not torch.are_deterministic_algorithms_enabled():
+        yield
+        return
+    warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=warned)
 
 
 class _Rotary(RescaledRotary):
@@ -99,13 +111,19 @@ class _Rotary(RescaledRotary):
     forward = RescaledRotary.rotation
 
 
-def _activations(loaded: LoadedModel, length: int) -> int:
-    """About how many bytes the way back needs of all layers and the head, where nothing is computed again."""
+def _all_kept(loaded: LoadedModel, length: int) -> bool:
+    """Whether nothing is computed again: about how many bytes the way back then needs of all layers and the head.
+
+    Not where weights are streamed, nor where a feed-forward block goes in pieces, which may alter the last bit: so
+    where weights live alters none.
+    """
+    if loaded.stream_weights or length > TOKENS_AT_ONCE:
+        return False
     config = loaded.model.config.get_text_config()
     wide = 4 * int(getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
     layer = (12 * int(config.hidden_size) + wide) * loaded.model.dtype.itemsize
     total: int = length * (int(config.num_hidden_layers) * layer + 3 * 4 * int(config.vocab_size))
-    return total
+    return total <= KEPT_BYTES
 
 
 def _again(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:

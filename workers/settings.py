@@ -23,6 +23,8 @@ MIN_CHUNK = 256  # below it pieces are too small to keep a device busy; too litt
 # Eager attention holds heads x L x L weights; beyond this length that is no longer a working size.
 EAGER_MAX_LENGTH = 8192
 # Windowed attention without a flash kernel needs an L x L mask, in float32 with its copies 5.3 bytes an entry as
+# Families whose attention is not told the window: only a mask knows it.
+MASKED_WINDOWS = ("phimoe", "qwen2_moe", "doge")
 # measured: 1.4 GB at this length, beyond which it is refused.
 MASK_MAX_LENGTH = 16384
 # A window longer than any target: the way to switch windowed attention off that every family understands.
@@ -56,6 +58,16 @@ def settle_window(config: Any, request: ModelRequest) -> int | None:
     return int(window)
 
 
+def _own_or_whole(config: Any, masked: bool) -> str:
+    """Our own attention where the family lets it in and tells it all it needs; else transformers' fastest."""
+    from transformers import AutoModelForCausalLM
+
+    family = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    if family is None or (getattr(family, "_supports_attention_backend", False) and not masked):
+        return NAME
+    return "sdpa" if getattr(family, "_supports_sdpa", False) else "eager"
+
+
 def settle_attention(config: Any, request: ModelRequest, window: int | None) -> str:
     """The attention function's name in transformers; refuses what would need a matrix of queries x keys."""
     if request.attention not in ATTENTIONS:
@@ -63,7 +75,15 @@ def settle_attention(config: Any, request: ModelRequest, window: int | None) -> 
     capped = getattr(config, "attn_logit_softcapping", None) is not None
     if capped and request.attention == "sdpa":
         raise LongRopeError(f"{request.path} caps its attention logits, which sdpa cannot do; use --attention {NAME}.")
-    attention = NAME if request.attention == "auto" else request.attention
+    masked = window is not None and config.model_type in MASKED_WINDOWS
+    attention = request.attention
+    if attention == "auto":
+        attention = _own_or_whole(config, masked)
+    if masked and attention == NAME:
+        raise LongRopeError(
+            f"{request.path} applies its window by a mask, which {NAME} attention never builds; use "
+            "--attention sdpa, or --sliding-window off."
+        )
     if attention == "eager" and request.target_length > EAGER_MAX_LENGTH:
         raise LongRopeError(
             f"Eager attention holds all L x L weights and serves targets up to {EAGER_MAX_LENGTH} tokens, "

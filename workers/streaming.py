@@ -29,13 +29,17 @@ def staged(layers: Sequence[nn.Module], device: torch.device | None) -> Iterator
         return
     slots: list[Weights] = [{}, {}]
     side = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-    _fetch(layers[0], slots[0], device, side)
-    for index, layer in enumerate(layers):
-        if side is not None:
+    try:
+        _fetch(layers[0], slots[0], device, side)
+        for index, layer in enumerate(layers):
+            if side is not None:
+                torch.cuda.current_stream(device).wait_stream(side)
+            if index + 1 < len(layers):
+                _fetch(layers[index + 1], slots[(index + 1) % 2], device, side)
+            yield layer, slots[index % 2]
+    finally:
+        if side is not None:  # who stops early frees memory that a copy may still be writing to
             torch.cuda.current_stream(device).wait_stream(side)
-        if index + 1 < len(layers):
-            _fetch(layers[index + 1], slots[(index + 1) % 2], device, side)
-        yield layer, slots[index % 2]
 
 
 def hold_on_host(layers: Sequence[nn.Module], device: torch.device) -> None:

@@ -130,7 +130,7 @@ def test_isotonic_is_the_nearest_by_weighted_squares(rows: list[tuple[float, flo
 def test_a_step_ends_at_the_nearest_point_of_the_space_in_its_own_metric(seed: int) -> None:
     """The one that a solver finds, bounds and order together; slopes differ by orders of magnitude."""
     rng = np.random.default_rng(seed)
-    how = Refinement(steps=5, rate=1.5, phase=2.0)
+    how = Refinement(steps=5, rate=1.5, phase=0.3)
     start = Factors(tuple(np.sort(rng.uniform(1, 10, PAIRS)).tolist()))
     found = [tuple((rng.normal(size=PAIRS + 1) * 10 ** rng.uniform(-1, 1, PAIRS + 1)).tolist()) for _ in range(2)]
     before = descended(SPACE, found[:1], how, start)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -41,9 +42,17 @@ from searcher.evolution import Evolution
 from searcher.racing import Racing
 from searcher.rope import Factors
 from searcher.samplers import SAMPLERS, Sampler
-from searcher.search import AFTER_FAILURE, AFTER_SUCCESS, SearchPlan, SearchResult, individual_of
+from searcher.search import (
+    AFTER_FAILURE,
+    AFTER_SUCCESS,
+    RAMPS_KEPT,
+    SearchPlan,
+    SearchResult,
+    individual_of,
+    run_search,
+)
 from searcher.space import SearchSpace
-from searcher.study import AT_STUDY_ATTENTION, REFINE, REFINED, SEARCH_SHORT, Document, Outcome, Unit, total
+from searcher.study import AT_STUDY_ATTENTION, REFINE, REFINED, SEARCH_SHORT, Candidate, Document, Outcome, Unit
 
 MORE = {
     **DOCUMENTS,
@@ -58,7 +67,9 @@ RACED = replace(
     racing=Racing((1, 2), 0.3),
     finalists=2,
     all_seeds_final=False,
+    ramps={f"ramp:{i}": Factors((1.0, 1 + i / 9, 1.7 + i * i / 7, 8.0)) for i in range(8)},
 )
+RAMPS = len(RACED.ramps)
 
 
 def shaky(factors: Factors, on: Document) -> float | bool | None:
@@ -80,38 +91,46 @@ def test_it_costs_what_was_asked_of_the_scorer() -> None:
     assert [len(written.candidates) for written in steps] == [2] * 6 + [1] * 3
     assert result.gradients == sum(len(written.candidates) for written in steps) == REFINEMENT.gradients == 15
     assert scorer.asked["gradient refine"] == len({key for written in steps for row in written.keys for key in row})
-    assert [len(store.generations[0, REFINED, leg].candidates) for leg in range(3)] == [2, 2, 1]
+    assert [len(store.generations[0, REFINED, number].candidates) for number in range(4)] == [RAMPS, 2, 2, 1]
     scored = [[[store.outcome(key) for key in row] for row in written.keys] for _, written in cost(store)]
     assert result.forwards == sum(outcome is not None for rows in scored for row in rows for outcome in row)
     ranked = {key for place, w in cost(store) if place[1] != "selection" for row in w.keys for key in row}
     assert scorer.asked["search"] == sum(store.outcome(key) is not None for key in ranked)
     assert result.dropped == sum(row[-1] is None for rows in scored for row in rows) > 0
     assert set(scorer.computed.values()) == {1}
-    assert len(result.history) == 1 + 2 + 2 + 1
+    assert len(result.history) == 1 + 1 + 2 + 2 + 1
 
 
 def test_the_observer_is_told_of_all_of_it() -> None:
     store, scorer, watcher = MemoryStore(), AnalyticScorer(), Watcher()
-    from searcher.search import run_search
-
     result = run_search(RACED, MORE, scorer, store, watcher)
     assert result == unbroken(plan=RACED, documents=MORE)[2]
     assert sum(count for _, _, count in watcher.dropped) == result.dropped
-    assert {part for part, _, _ in watcher.dropped} == {"search"}
+    assert {part for part, _, _ in watcher.dropped} == {"search", REFINED}
     assert all(count > 0 for _, _, count in watcher.dropped)
     assert [(0, *entry[:2]) for entry in watcher.finished] == list(store.generations)
     assert len(watcher.outcomes) == sum(scorer.computed.values())
 
 
 def test_refinement_descends_on_its_own_windows_where_there_are_any() -> None:
-    store, scorer, _ = unbroken(plan=RACED, documents=MORE)
+    store, _, _ = unbroken(plan=RACED, documents=MORE)
     used = [written.documents for (_, part, _), written in store.generations.items() if part == REFINE]
-    assert used == [[MORE[REFINE][step % 2]] for step in range(9)]
+    assert used == [used[step % 2] for step in range(9)]
+    assert {on for (on,) in used} == {*MORE[REFINE]}
     without = {part: found for part, found in MORE.items() if part != REFINE}
     store, scorer, _ = unbroken(plan=RACED, documents=without)
     used = [written.documents for (_, part, _), written in store.generations.items() if part == REFINE]
-    assert used == [[MORE["search"][step % 3]] for step in range(9)]
+    assert used == [used[step % 3] for step in range(9)]
+    assert {on for (on,) in used} == {*MORE["search"]}
     assert scorer.asked["gradient search"] > 0
+
+
+def test_the_order_of_those_windows_is_the_seeds() -> None:
+    orders = set()
+    for seed in range(8):
+        store, _, _ = unbroken(plan=replace(RACED, seed=seed), documents=MORE)
+        orders.add(store.generations[0, REFINE, 0].documents[0].name)
+    assert orders == {on.name for on in MORE[REFINE]}
 
 
 @pytest.mark.parametrize("eager", [0, 3])
@@ -139,6 +158,7 @@ def test_it_dies_anywhere_and_ends_as_if_it_had_not(eager: int) -> None:
         final_legs=st.integers(0, 2),
         starts=st.integers(1, 4),
         rate=st.floats(0.01, 2.0),
+        phase=st.floats(0.01, 1.0),
         attention=st.booleans(),
     ),
     st.builds(Racing, st.sampled_from([(), (1,), (2,), (1, 2)]), st.floats(0.0, 3.0)),
@@ -147,13 +167,11 @@ def test_it_dies_anywhere_and_ends_as_if_it_had_not(eager: int) -> None:
 @settings(deadline=None, max_examples=12)
 def test_any_plan_dies_and_goes_on(left: int, seed: int, refinement: Refinement, racing: Racing, eager: int) -> None:
     plan = replace(RACED, seed=seed, refinement=refinement, racing=racing)
-    whole, scorer, expected = unbroken(shaky, plan, MORE, eager=eager)
+    whole, _, expected = unbroken(shaky, plan, MORE, eager=eager)
     assert list(expected.history) == sorted(expected.history, reverse=True)
     store = MemoryStore()
-    try:
+    with suppress(Interrupted):
         run(store, AnalyticScorer(failing=shaky, order=seed, eager=eager), plan, Life(left), MORE)
-    except Interrupted:
-        pass
     assert run(store, AnalyticScorer(failing=shaky), plan, documents=MORE) == expected
     assert trace(store) == trace(whole)
 
@@ -203,26 +221,32 @@ class TestSpareUnits:
         assert trace(store) == trace(whole)
 
 
+def whole_ramps(store: MemoryStore) -> list[Candidate]:
+    """The ramps that were scored on all documents."""
+    written = store.generations[0, REFINED, 0]
+    return [c for c, row in zip(written.candidates, written.keys, strict=True) if all(map(store.outcome, row))]
+
+
 def replayed(store: MemoryStore, plan: SearchPlan, scorer: AnalyticScorer) -> list[list[Factors]]:
     """Where every step of the first refinement's gradients must have been taken, by its lines."""
     refinement = plan.refinement
     assert refinement is not None
-    scored = store.generations[0, "search", 0].candidates
+    scored = store.generations[0, "search", 0].candidates + whole_ramps(store)
     losses = {c.factors: scorer.score(c.factors, "search", MORE).loss for c in scored}
     ranked = sorted(losses, key=lambda f: (losses[f], plan.space.snap(f).key))
     steps: list[list[Factors]] = [[] for _ in range(refinement.steps * refinement.legs)]
     for start in ranked[: refinement.starts]:
-        best, loss, rate = start, losses[start], refinement.rate
+        best, loss, share = start, losses[start], 1.0
         for leg in range(refinement.legs):
             descent = Descent.start(best)
             for step in range(leg * refinement.steps, (leg + 1) * refinement.steps):
                 steps[step].append(descent.factors)
-                on = MORE[REFINE][step % 2]
+                (on,) = store.generations[0, REFINE, step].documents
                 slope = [value / (on.length - 1) for value in scorer.gradient(descent.factors, on)]
-                descent = descend(descent, tuple(slope), refinement, rate, plan.space)
+                descent = descend(descent, tuple(slope), refinement, share, plan.space, plan.frequencies)
             end = plan.space.snap(descent.factors).factors(descent.factors.attention_factor)
             reached = scorer.score(end, "search", MORE).loss
-            rate *= AFTER_SUCCESS if reached < loss else AFTER_FAILURE
+            share *= AFTER_SUCCESS if reached < loss else AFTER_FAILURE
             if reached < loss:
                 best, loss = end, reached
     return steps
@@ -237,7 +261,7 @@ class TestRefinement:
         expected = replayed(store, plan, scorer)
         for step, factors in enumerate(expected):
             assert [candidate.factors for candidate in store.generations[0, REFINE, step].candidates] == factors
-        ends = [store.generations[0, REFINED, leg].candidates for leg in range(3)]
+        ends = [store.generations[0, REFINED, 1 + leg].candidates for leg in range(3)]
         assert all(individual_of(end) in SPACE for leg in ends for end in leg)
         assert {end.origin.split(":")[0] for leg in ends for end in leg} == {"refined"}
 
@@ -323,10 +347,10 @@ class TestRefinement:
         store = MemoryStore()
         doomed = {c.factors for c in whole.generations[0, REFINE, 7].candidates}
         for _ in range(2):
-            with pytest.raises(LongRopeError, match=r"could not be computed.*refine1 was too much"):
+            with pytest.raises(LongRopeError, match=r"could not be computed.*refine[01] was too much"):
                 run(
                     store,
-                    AnalyticScorer(failing=lambda f, on: None if f in doomed and on.name == "refine1" else False),
+                    AnalyticScorer(failing=lambda f, on: None if f in doomed and on in MORE[REFINE] else False),
                     RACED,
                     documents=MORE,
                 )
@@ -348,10 +372,8 @@ class TestRefinement:
 @pytest.mark.parametrize("all_seeds", [True, False])
 def test_the_winner_is_never_worse_on_selection_than_the_best_seed(seed: int, all_seeds: bool) -> None:
     plan = replace(RACED, seed=seed, all_seeds_final=all_seeds, finalists=1)
-    store, scorer, result = unbroken(sometimes, plan, MORE, noise=0.6)
-    seeds = [
-        candidate.factors for candidate in store.generations[0, "search", 0].candidates if "seed:" in candidate.origin
-    ]
+    store, scorer, result = unbroken(shaky, plan, MORE, noise=0.6)
+    seeds = [c.factors for c in store.generations[0, "search", 0].candidates if c.origin.startswith("seed:")]
     best = min(seeds, key=lambda f: (scorer.score(f, "search", MORE).loss, plan.space.snap(f).key))
     searched = result.scores["selection"]["searched"].loss
     assert searched <= scorer.score(best, "selection").loss
@@ -367,20 +389,67 @@ def test_a_search_without_seeds_draws_its_own() -> None:
     assert math.isfinite(result.scores["selection"]["searched"].loss)
 
 
+class TestRamps:
+    def test_all_are_scored_on_one_document_and_the_best_on_all(self) -> None:
+        store, scorer, result = unbroken(plan=RACED, documents=MORE)
+        written = store.generations[0, REFINED, 0]
+        assert [c.origin for c in written.candidates] == list(RACED.ramps)
+        first = [scorer.outcome(c.factors, MORE["search"][0]).nll for c in written.candidates]
+        cut = sorted(value for value in first if value is not None)[RAMPS_KEPT - 1]
+        for candidate, row, value in zip(written.candidates, written.keys, first, strict=True):
+            assert value is not None
+            assert candidate.factors == SPACE.snap(RACED.ramps[candidate.origin]).factors(STUDY_ATTENTION)
+            assert candidate.factors.n_hat == 0
+            assert all(map(store.outcome, row)) == (value <= cut)
+            assert store.outcome(row[0])
+        assert len(whole_ramps(store)) == RAMPS_KEPT < RAMPS
+        assert result.dropped >= RAMPS - RAMPS_KEPT
+
+    def test_a_refinement_starts_from_the_best_of_them_where_it_beats_the_seeds(self) -> None:
+        better = {"ramp:mine": Factors((1.0, 1.4, 3.7, 7.9), 4)}
+        store, _, result = unbroken(plan=replace(RACED, ramps={**RACED.ramps, **better}), documents=MORE, noise=0.0)
+        (lambdas,) = store.generations[0, REFINE, 0].candidates[0].factors.by_layer()
+        assert lambdas == pytest.approx((1.0, 1.4, 3.7, 7.9))
+        assert store.generations[0, REFINE, 0].candidates[0].origin == "refine:ramp:mine"
+        assert result.history[1] < result.history[0]
+
+    def test_those_that_are_seeds_already_or_alike_are_scored_once(self) -> None:
+        seeds = {f"ramp:{name}": factors for name, factors in BASELINE_FACTORS.items() if name in RACED.seeds}
+        twins = {"ramp:a": Factors((1.0, 2.0, 3.0, 4.0), 9), "ramp:b": Factors((1.0, 2.0, 3.001, 4.0))}
+        store, scorer, _ = unbroken(plan=replace(RACED, ramps={**seeds, **twins}), documents=MORE)
+        assert [c.origin for c in store.generations[0, REFINED, 0].candidates] == ["ramp:a"]
+        assert set(scorer.computed.values()) == {1}
+        store, _, _ = unbroken(plan=replace(RACED, ramps=seeds), documents=MORE)
+        assert len(store.generations[0, REFINED, 0].candidates) == REFINEMENT.starts, "the first leg's ends"
+
+    def test_where_all_of_them_fail_the_seeds_are_left(self) -> None:
+        doomed = {SPACE.snap(factors).steps for factors in RACED.ramps.values()}
+        doomed -= {SPACE.snap(factors).steps for factors in RACED.seeds.values()}
+
+        def failing(factors: Factors, on: Document) -> float | bool | None:
+            return math.nan if on.name.startswith("search") and SPACE.snap(factors).steps in doomed else False
+
+        store, _, result = unbroken(failing, RACED, MORE)
+        assert not whole_ramps(store) or result.dropped
+        assert math.isfinite(result.scores["selection"]["searched"].loss)
+        assert result.history[1] == result.history[0]
+
+
 class TestRacing:
     def test_with_caution_enough_it_is_as_if_there_were_none(self) -> None:
-        _, _, free = unbroken(sometimes, replace(RACED, racing=None), MORE)
-        _, _, careful = unbroken(sometimes, replace(RACED, racing=Racing((1, 2), 1e9)), MORE)
-        assert careful.dropped == 0
+        _, _, free = unbroken(shaky, replace(RACED, racing=None), MORE)
+        _, _, careful = unbroken(shaky, replace(RACED, racing=Racing((1, 2), 1e9)), MORE)
+        assert careful.dropped == free.dropped, "the ramps"
         assert replace(careful, forwards=0) == replace(free, forwards=0)
         assert careful.forwards <= free.forwards  # one that failed is not scored on
 
     def test_it_saves_forwards_and_drops_no_parent(self) -> None:
         """On documents that agree but for a little noise."""
-        free, scorer, whole = unbroken(plan=replace(RACED, racing=None), documents=MORE, noise=0.01)
+        free, _, whole = unbroken(plan=replace(RACED, racing=None), documents=MORE, noise=0.01)
         store, _, raced = unbroken(plan=replace(RACED, racing=Racing((1, 2), 3.0)), documents=MORE, noise=0.01)
-        assert raced.dropped > 2
-        assert raced.forwards <= whole.forwards - raced.dropped
+        saved = raced.dropped - whole.dropped
+        assert saved > 2
+        assert raced.forwards <= whole.forwards - saved
         assert (raced.winner, raced.history, raced.scores) == (whole.winner, whole.history, whole.scores)
         assert everyone(store) == everyone(free)
 
@@ -392,8 +461,8 @@ class TestRacing:
 
 def sampled(name: str, **changes: Any) -> SearchPlan:
     sampler = Sampler(name, population=6, batch=4, generations=3)
-    refinement = Refinement(steps=2, legs=0, final_legs=1)
-    return replace(RACED, sampler=sampler, refinement=refinement, **changes)
+    plan = replace(RACED, sampler=sampler, refinement=Refinement(steps=2, legs=0, final_legs=1))
+    return replace(plan, **changes)
 
 
 SHORT_TOO = {**MORE, SEARCH_SHORT: [document(SEARCH_SHORT, i, 256) for i in range(3)]}
@@ -423,13 +492,10 @@ class TestSamplers:
         assert result.forwards == sum(outcome is not None for row in scored for outcome in row)
 
     def test_the_front_is_what_no_other_beats_on_both(self) -> None:
-        store, scorer, result = unbroken(shaky, sampled("nsga2", refinement=None, racing=None), SHORT_TOO)
+        store, scorer, result = unbroken(sometimes, sampled("nsga2", refinement=None, racing=None), SHORT_TOO)
         rows = []
         for _, candidate in everyone(store):
-            long, short = (
-                total([scorer.outcome(candidate.factors, on) for on in SHORT_TOO[p]]).loss
-                for p in ("search", SEARCH_SHORT)
-            )
+            long, short = (scorer.score(candidate.factors, p, SHORT_TOO).loss for p in ("search", SEARCH_SHORT))
             if math.isfinite(long) and math.isfinite(short):
                 rows.append((candidate.factors, long, short))
         front = {

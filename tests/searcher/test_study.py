@@ -11,7 +11,7 @@ import pytest
 from memory_study import AnalyticScorer, Interrupted, Life, MemoryStore, Watcher, document, run
 
 from searcher.errors import LongRopeError
-from searcher.racing import Race, Racing
+from searcher.racing import Cut, Race, Racing
 from searcher.rope import Factors
 from searcher.study import (
     REFINE,
@@ -179,6 +179,19 @@ class TestRaces:
         assert scores[5] == Score(math.inf, 0, "search0 was too much", (), 1)
         assert watcher.dropped == []
         assert sum(scorer.computed.values()) == 36 - 2
+
+    @pytest.mark.parametrize("value", [None, math.nan, math.inf, -math.inf])
+    def test_a_rule_is_shown_infinity_for_one_that_failed(self, value: float | None) -> None:
+        """NaN compares with nothing, and the best of a list with it are anybody."""
+        bad = {CANDIDATES[i].factors for i in (0, 3, 5)}
+        scorer = AnalyticScorer(failing=lambda f, on: value if f in bad and on == DOCUMENTS[0] else False)
+        race = leaving((), ())
+        generation(MemoryStore(), scorer, race=race)
+        assert [i for i, losses in enumerate(race.shown[0]) if losses == (math.inf,)] == [0, 3, 5]
+        scores = generation(MemoryStore(), scorer, race=Cut(4))
+        assert sum(math.isfinite(score.loss) for score in scores) == 4
+        heads = sorted(expected(scorer, c, 1).by_document[0] for c in CANDIDATES if c.factors not in bad)
+        assert {score.by_document[0] for score in scores if math.isfinite(score.loss)} == {*heads[:4]}
 
     def test_interrupted_between_decisions_it_decides_the_same(self) -> None:
         whole = MemoryStore()
