@@ -299,7 +299,7 @@ def _search_settings(
     from searcher.racing import Racing
     from searcher.samplers import Sampler
 
-    # A sampler's counts are those of evolution in its place: not of the default preset, whose evolution is a little one.
+    # A sampler takes the counts of evolution in its place, and the default preset has little of that.
     chosen = preset("quick" if sampler is not None and name == DEFAULT_PRESET else name)
     settled = overridden(chosen.evolution, evolution)
     refined, raced, proposer = chosen.refinement, chosen.racing, None
@@ -674,6 +674,8 @@ def delete_study(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """Delete a study and every evaluation that no other study uses.
+
+    Results that nobody asked for go too, unless another study is running: it may want them next.
 
     Example: longrope studies delete my-study --yes
     """

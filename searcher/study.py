@@ -171,6 +171,13 @@ class Store(Protocol):
         """Keep what a worker returned."""
         ...
 
+    def settle(self, stage: int, part: str, generation: int, seen_by: Sequence[int]) -> None:
+        """How many documents each candidate was scored on: written when its generation is complete.
+
+        The same again is fine. A generation that is never settled was scored on all of them.
+        """
+        ...
+
     def known(self, keys: Sequence[str]) -> set[str]:
         """Those of the keys that have a value already."""
         ...
@@ -358,7 +365,10 @@ class _Generation:
         for outcome in self.uncomputed:
             self.store.record(outcome)
         # Beyond the point where a candidate was left, the store may know a document by chance: it does not count.
-        return [total(row[:seen], len(row)) for row, seen in zip(self.known, seen_by, strict=True)]
+        scores = [total(row[:seen], len(row)) for row, seen in zip(self.known, seen_by, strict=True)]
+        if any(seen < len(self.documents) for seen in seen_by):  # also where it was left since it failed
+            self.store.settle(*self.place, seen_by)
+        return scores
 
 
 def _nothing_computed(count: int, last: Outcome, gradient: bool) -> LongRopeError:
@@ -366,9 +376,10 @@ def _nothing_computed(count: int, last: Outcome, gradient: bool) -> LongRopeErro
         " Where gradients do not fit, launch it anew with --refine-legs 0 --refine-final-legs 0; what was scored is "
         "found in the store."
     )
+    what = f"{count} evaluations in a row" if count > 1 else "An evaluation"
     return LongRopeError(
-        f"{count} evaluation{'s in a row' if count > 1 else ''} could not be computed, the last because: {last.failure}; mend that, then go on "
-        f"with longrope resume, which tries them again.{other if gradient else ''}"
+        f"{what} could not be computed, the last because: {last.failure}; mend that, then go on with longrope resume, "
+        f"which tries them again.{other if gradient else ''}"
     )
 
 

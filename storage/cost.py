@@ -1,7 +1,8 @@
 """What a study is made of, in document forwards and gradient steps, and what it had found by then.
 
-Every unit with an outcome counts, also where the outcome was found in the store: the cost of a study does not depend
-on what others computed before it. The report rows, which come after everything was decided, are counted apart.
+Every unit with an outcome counts, also where the outcome was found in the store, and none beyond the document where a
+candidate was raced out: the cost of a study does not depend on what others compute. The report rows, which come after
+everything was decided, are counted apart.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from searcher.rope import Factors
 from storage.models import CandidateRow, Evaluation, Study, UnitRow
-from storage.progress import RANKED, ScoredCandidate, is_report, scored_candidates
+from storage.progress import RANKED, ScoredCandidate, is_counted, is_report, scored_candidates
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def _multiple(session: Session, study: Study) -> float | None:
         .join(UnitRow, UnitRow.candidate_id == CandidateRow.id)
         .join(Evaluation, Evaluation.key == UnitRow.key)
         # What failed says nothing: it may have ended early, and a gradient that is not finite reads as none.
-        .where(CandidateRow.study_id == study.id, UnitRow.failure.is_(None), Evaluation.reason.is_(None))
+        .where(CandidateRow.study_id == study.id, is_counted(), UnitRow.failure.is_(None), Evaluation.reason.is_(None))
         .subquery()
     )
     group = (timed.c.length, timed.c.is_step)

@@ -108,6 +108,7 @@ class CandidateRow(Base):
     lambdas: Mapped[list[Any]] = mapped_column(Json)  # one list for all layers, or a list of lists
     n_hat: Mapped[int]
     attention_factor: Mapped[float] = mapped_column(Double)
+    seen: Mapped[int | None]  # documents it was scored on; NULL: all, or its generation is not complete
 
 
 class UnitRow(Base):

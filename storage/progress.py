@@ -9,7 +9,7 @@ from datetime import datetime
 from itertools import groupby
 from typing import Any, NamedTuple
 
-from sqlalchemy import Select, and_, case, func, select
+from sqlalchemy import ColumnElement, Select, and_, case, func, select
 from sqlalchemy.orm import Session
 
 from searcher.rope import Factors
@@ -30,7 +30,8 @@ class StudySummary:
     ----------
     status: ``running``, ``stopped`` (no live driver holds it) or ``finished``.
     candidates, units: how many were written.
-    done: units with an outcome, whether of this study or of another that computed the same key.
+    done: units with an outcome, whether of this study or of another that computed the same key; without what others
+        computed beyond the document where a candidate was raced out.
     failed: those of them that failed.
     dropped: candidates that were raced out.
     skipped: units that will never have an outcome, since their candidate was raced out or failed on another document.
@@ -60,9 +61,9 @@ class ScoredCandidate:
         Never a sum over some of the documents.
     failure: why there is no such total; None where there is one, or none yet, or where it was raced out.
     documents: how many it was written for.
-    scored: how many of them have an outcome; once its generation is over, the documents before the first without one.
+    scored: how many of them have an outcome; where racing left it, those before it did, whatever others computed.
     gradients: how many of those outcomes are gradient steps.
-    dropped: raced out: its generation is over, it has not failed, and ``scored`` is below ``documents``.
+    dropped: raced out: it was scored on fewer than ``documents``, none of which failed.
     document: name of its document, where it has only one.
     """
 
@@ -128,31 +129,39 @@ def over(first_ids: Iterable[tuple[Place, int]]) -> set[Place]:
     }
 
 
-def counts() -> Select[Any]:
-    """By generation of every study: its place, lowest candidate id, candidates, units, done, failed, short, missing.
+def is_counted() -> ColumnElement[bool]:
+    """Of a row of candidates and units: not beyond the document where the candidate was raced out."""
+    return CandidateRow.seen.is_(None) | (UnitRow.position < CandidateRow.seen)
 
-    ``short`` counts candidates that have not failed and lack an outcome, ``missing`` all units without one.
+
+def counts() -> Select[Any]:
+    """By generation: study and place, lowest candidate id, settled, candidates, units, done, failed, short, missing.
+
+    ``settled`` counts candidates that know how many documents they were scored on, ``short`` those that have not
+    failed and lack an outcome, ``missing`` all units without one.
     """
     failed = UnitRow.failure.is_not(None) | Evaluation.nll.is_(None) | Evaluation.reason.is_not(None)
-    outcome = func.coalesce(UnitRow.failure, Evaluation.key)
+    outcome = case((is_counted(), func.coalesce(UnitRow.failure, Evaluation.key)))
     place = (CandidateRow.study_id, CandidateRow.stage, CandidateRow.part, CandidateRow.generation)
     one = (
         select(
             *place,
             CandidateRow.id,
+            CandidateRow.seen,
             func.count(UnitRow.key).label("units"),
             func.count(outcome).label("done"),
             func.count(case((and_(outcome.is_not(None), failed), 1))).label("failed"),
         )
         .outerjoin(UnitRow, UnitRow.candidate_id == CandidateRow.id)
         .outerjoin(Evaluation, Evaluation.key == UnitRow.key)
-        .group_by(*place, CandidateRow.id)
+        .group_by(*place, CandidateRow.id, CandidateRow.seen)
         .subquery()
     )
     generation = (one.c.study_id, one.c.stage, one.c.part, one.c.generation)
     return select(
         *generation,
         func.min(one.c.id),
+        func.count(one.c.seen),
         func.count(),
         func.sum(one.c.units),
         func.sum(one.c.done),
@@ -166,9 +175,10 @@ def figures(rows: Sequence[Sequence[Any]], finished: bool) -> tuple[int, int, in
     """candidates, units, done, failed, dropped and skipped of one study, from its rows of counts()."""
     places = [Place(*row[1:4]) for row in rows]
     ended = set(places) if finished else over((place, row[4]) for place, row in zip(places, rows, strict=True))
+    ended |= {place for place, row in zip(places, rows, strict=True) if row[5]}
     totals = [0] * 6
     for place, row in zip(places, rows, strict=True):
-        *plain, short, missing = (int(value) for value in row[5:])  # PostgreSQL's sums are Decimals
+        *plain, short, missing = (int(value) for value in row[6:])  # PostgreSQL's sums are Decimals
         never = (short, missing) if place in ended else (0, 0)
         totals = [total + value for total, value in zip(totals, (*plain, *never), strict=True)]
     candidates, written, known, failed, dropped, skipped = totals
@@ -190,12 +200,15 @@ def scored_candidates(session: Session, study: Study) -> list[ScoredCandidate]:
     for row in candidates:
         first[_place(row)] = min(first.get(_place(row), row.id), row.id)
     ended = set(first) if study.status == "finished" else over(first.items())
+    ended |= {_place(row) for row in candidates if row.seen is not None}
     scored = []
     for row in sorted(candidates, key=lambda row: (row.stage, first[_place(row)], row.child)):
         found = outcomes.get(row.id, [])
-        if _place(row) in ended and None in found:  # what lies beyond is another study's, and was not looked at here
-            gap = found.index(None)
-            found = found[:gap] + [None] * (len(found) - gap)
+        seen = row.seen
+        if seen is None and _place(row) in ended and None in found:  # it ends where its outcomes do
+            seen = found.index(None)
+        if seen is not None:  # what lies beyond was asked for by others, and not looked at here
+            found = found[:seen] + [None] * (len(found) - seen)
         known = [outcome for outcome in found if outcome is not None]
         documents = names.get(row.id, [])
         nll, tokens, failure = _total(found)

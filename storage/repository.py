@@ -186,6 +186,9 @@ class Repository:
     def delete_study(self, name: str) -> None:
         """Remove a study, and the evaluations that no other study refers to.
 
+        Results of idle workers that no study has asked for go too, unless a live driver holds another study: they may
+        be what it asks for next.
+
         Raises
         ------
         LongRopeError
@@ -199,6 +202,11 @@ class Repository:
             mine = Evaluation.key.in_(keys.where(CandidateRow.study_id == study_id))
             session.execute(delete(Evaluation).where(mine, ~exists(others.correlate(Evaluation))))
             session.execute(delete(Study).where(Study.id == study_id))  # candidates and units go with it
+            here = lease.Owner.of(os.getpid())
+            drivers = session.execute(select(*lease.SEEN))
+            if not any(lease.is_held(owner, beat_at, clock, here) for owner, beat_at, clock in drivers):
+                asked_for = select(UnitRow.key).where(UnitRow.key == Evaluation.key).correlate(Evaluation)
+                session.execute(delete(Evaluation).where(~exists(asked_for)))
 
     @contextmanager
     def open_study(self, name: str) -> Iterator[StudyStore]:

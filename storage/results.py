@@ -22,7 +22,6 @@ def result_json(
     result: SearchResult,
     windows: Mapping[str, tuple[int, int]],
     computed_by: Mapping[str, object],
-    multiple: float | None = None,
 ) -> Result:
     """A search's result as plain values.
 
@@ -30,7 +29,6 @@ def result_json(
     ----------
     windows: part -> (number of windows, tokens of each).
     computed_by: software versions and kernels.
-    multiple: what a gradient step cost in document forwards, as measured; see ``storage.cost.Cost``.
     """
     rows = dict(plan.baselines)
     rows["searched"] = result.winner.factors
@@ -55,7 +53,6 @@ def result_json(
         "attention_factor": plan.attention_factor,
         "forwards": result.forwards,
         "gradients": result.gradients,
-        "multiple": multiple,
         "dropped": result.dropped,
         "pareto": [
             {"factors": asdict(candidate.factors), "long": long, "short": short}

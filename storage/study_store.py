@@ -183,6 +183,23 @@ class StudyStore:
                 if session.get(Evaluation, outcome.key) is None:
                     raise
 
+    def settle(self, stage: int, part: str, generation: int, seen_by: Sequence[int]) -> None:
+        """How many documents each candidate was scored on: written when its generation is complete.
+
+        A resumed study comes by again; it writes only what is not there.
+        """
+        query = select(CandidateRow.id, CandidateRow.seen).where(*self._generation(stage, part, generation))
+        with self._reading() as session:
+            written = session.execute(query.order_by(CandidateRow.child)).all()
+        changed = [
+            {"id": candidate_id, "seen": seen}
+            for (candidate_id, before), seen in zip(written, seen_by, strict=True)
+            if seen != before
+        ]
+        if changed:
+            with self._writing() as session:
+                session.execute(update(CandidateRow), changed)
+
     def _record_failure(self, key: str, failure: str) -> None:
         mine = select(CandidateRow.id).where(CandidateRow.study_id == self._study_id)
         first = UnitRow.failure.is_(None)

@@ -143,7 +143,7 @@ class Study:
         place = "c.stage, c.part, c.generation, c.child"
         return {
             "candidates": self._rows(
-                f"SELECT {place}, c.origin, c.lambdas, c.n_hat, c.attention_factor FROM longrope_candidates c "
+                f"SELECT {place}, c.origin, c.lambdas, c.n_hat, c.attention_factor, c.seen FROM longrope_candidates c "
                 f"ORDER BY {place}"
             ),
             "units": self._rows(

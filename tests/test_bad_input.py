@@ -191,7 +191,7 @@ REFINEMENT = {
     "steps in words": usage(f"{LAUNCH} --refine-steps many", "--refine-steps"),
     "nothing that learns the attention factor": Bad(
         f"{LAUNCH} --learn-attention --refine-legs 0 --refine-final-legs 0",
-        "The attention factor is learnt by a refinement, and this search has none; give --refine-legs",
+        "are of a refinement, and this search has none; give --refine-legs",
     ),
     "a start of the attention factor": Bad(f"{LAUNCH} --learn-attention --attention-factor=-1", "positive number"),
 }
@@ -219,6 +219,9 @@ SEARCHES = {
     "a sampler without end": Bad(f"{LAUNCH} --sampler tpe --generations 100000000", "more than 10000000 individuals"),
     "racing caution NaN": Bad(
         f"{LAUNCH} --racing-caution nan", "The caution of racing is a number of deviations, at least 0, not nan"
+    ),
+    "racing caution without racing": Bad(
+        f"{LAUNCH} --no-racing", "--racing-caution is of racing, which --no-racing leaves out; give one of them"
     ),
     "negative racing caution": Bad(f"{LAUNCH} --racing-caution=-1", "at least 0, not -1.0"),
     "infinite racing caution": Bad(f"{LAUNCH} --racing-caution inf", "at least 0, not inf"),

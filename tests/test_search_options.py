@@ -31,7 +31,18 @@ TINY = f"""
 @pytest.fixture(scope="module")
 def tiny_search(small_study: list[str]) -> list[str]:
     """What follows ``launch``."""
-    return [*small_study, *TINY.split()]
+    return [*without("racing", small_study), *TINY.split()]
+
+
+@pytest.fixture(scope="module")
+def unrefined(tiny_search: list[str]) -> list[str]:
+    """The same, with no word on refinement."""
+    return without("refine", tiny_search)
+
+
+def without(word: str, arguments: list[str]) -> list[str]:
+    """All but the options with this word in their names; a preset's name may hold it."""
+    return [option for option in arguments if word not in option.partition("=")[0]]
 
 
 def candidates(folder: Path, study: str) -> list[ScoredCandidate]:
@@ -60,13 +71,11 @@ def searched(rows: list[ScoredCandidate], generation: int) -> list[ScoredCandida
 
 
 class TestSamplers:
-    ALONE = "--refine-final-legs=0"
-
     @pytest.mark.parametrize("name", SAMPLERS)
     def test_it_proposes_in_evolutions_place(
-        self, longrope: Longrope, tiny_search: list[str], tmp_path: Path, name: str
+        self, longrope: Longrope, unrefined: list[str], tmp_path: Path, name: str
     ) -> None:
-        answer = launched(longrope, "sampled", *tiny_search, f"--sampler={name}", self.ALONE)
+        answer = launched(longrope, "sampled", *unrefined, f"--sampler={name}")
         rows = candidates(tmp_path, "sampled")
         assert answer["gradients"] == 0
         assert {row.part for row in rows} - {"search_short"} == {"search", "selection", "test", "short"}
@@ -85,9 +94,9 @@ class TestSamplers:
 
     @pytest.mark.parametrize("name", ["cmaes", "tpe", "nsga2"])
     def test_it_goes_on_to_the_same_bytes(
-        self, longrope: Longrope, tiny_search: list[str], stop_after: Any, tmp_path: Path, name: str
+        self, longrope: Longrope, unrefined: list[str], stop_after: Any, tmp_path: Path, name: str
     ) -> None:
-        arguments = [*tiny_search, f"--sampler={name}", self.ALONE]
+        arguments = [*unrefined, f"--sampler={name}"]
         documents = 4 if name == "nsga2" else 2
         with pytest.MonkeyPatch.context() as patch:
             stop_after(patch, documents * (8 + BATCH) + 3)  # within the second generation of its own
@@ -107,9 +116,9 @@ class TestSamplers:
         order = [part for part, before in zip(parts, ["", *parts], strict=False) if part != before]
         assert order[:4] == ["search", "refine", "refined", "selection"]
 
-    def test_long_against_short_context(self, longrope: Longrope, tiny_search: list[str], tmp_path: Path) -> None:
+    def test_long_against_short_context(self, longrope: Longrope, unrefined: list[str], tmp_path: Path) -> None:
         """The table is the front of all individuals, found here by comparing every two of them."""
-        ended = longrope("launch", "--study=sampled", *tiny_search, "--sampler=nsga2", self.ALONE)
+        ended = longrope("launch", "--study=sampled", *unrefined, "--sampler=nsga2")
         rows = candidates(tmp_path, "sampled")
         short = {row.factors: loss(row) for row in rows if row.part == "search_short"}
         points = {row.factors: (loss(row), short[row.factors]) for row in rows if row.part == "search"}
@@ -154,9 +163,8 @@ class TestRefinement:
             assert factors.by_layer()[0] == pytest.approx(row.factors.by_layer()[0], rel=1e-12)
         assert [row.origin for row in legs[0]] == [f"refined:{row.origin}" for row in best]
 
-    def test_the_paper_descends_nowhere(self, longrope: Longrope, tiny_search: list[str], tmp_path: Path) -> None:
-        none = [option for option in tiny_search if "refine" not in option and "racing" not in option]
-        answer = launched(longrope, "paper", *none, "--preset=paper")
+    def test_the_paper_descends_nowhere(self, longrope: Longrope, unrefined: list[str], tmp_path: Path) -> None:
+        answer = launched(longrope, "paper", *unrefined, "--preset=paper")
         assert PRESETS["paper"].refinement is None
         assert answer["gradients"] == 0
         assert {row.part for row in candidates(tmp_path, "paper")} == {"search", "selection", "test", "short"}
@@ -194,19 +202,19 @@ class TestRefinement:
 
 class TestRacing:
     # Many children, few places among the parents.
-    CROWD = ("--preset=paper", "--parents=2", "--mutants=12", "--generations=3", "--mutation=range")
+    CROWD = ("--preset=paper", "--parents=2", "--mutants=12", "--generations=3", "--search-documents=4")
 
     def test_it_saves_forwards_of_children_alone(
         self, longrope: Longrope, small_study: list[str], tmp_path: Path
     ) -> None:
-        whole = launched(longrope, "whole", *small_study, *self.CROWD, "--no-racing")
+        whole = launched(longrope, "whole", *without("racing", small_study), *self.CROWD, "--no-racing")
         ended = longrope("launch", "--study=raced", *small_study, *self.CROWD, "--racing", "--racing-caution=0")
         rows = candidates(tmp_path, "raced")
         left = [row for row in rows if row.dropped]
         children = [row for row in left if row.part == "search"]
         assert children
         assert all(row.generation > 0 for row in children)
-        assert all(row.scored == 1 and row.nll is None for row in left)
+        assert all(0 < row.scored < row.documents and row.nll is None for row in left)
         assert f"{len(left)} candidates raced out" in ended.out
         assert not any(row.dropped and row.part == "search" for row in candidates(tmp_path, "whole"))
         assert json.loads(longrope("studies", "show", "raced", "--json").out)["cost"]["forwards"] < whole["cost"]

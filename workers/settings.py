@@ -23,6 +23,8 @@ MIN_CHUNK = 256  # below it pieces are too small to keep a device busy; too litt
 # Eager attention holds heads x L x L weights; beyond this length that is no longer a working size.
 EAGER_MAX_LENGTH = 8192
 # Windowed attention without a flash kernel needs an L x L mask, in float32 with its copies 5.3 bytes an entry as
+# Families whose attention is written into them, with no way in for another function.
+OWN_ATTENTION = ("falcon", "gptj", "codegen")
 # Families whose attention is not told the window: only a mask knows it.
 MASKED_WINDOWS = ("phimoe", "qwen2_moe", "doge")
 # measured: 1.4 GB at this length, beyond which it is refused.
@@ -59,12 +61,12 @@ def settle_window(config: Any, request: ModelRequest) -> int | None:
 
 
 def _own_or_whole(config: Any, masked: bool) -> str:
-    """Our own attention where the family lets it in and tells it all it needs; else transformers' fastest."""
+    """Our attention function where the family lets it in and tells it all it needs; else the family's fastest."""
     from transformers import AutoModelForCausalLM
 
-    family = AutoModelForCausalLM._model_mapping.get(type(config), None)
-    if family is None or (getattr(family, "_supports_attention_backend", False) and not masked):
+    if config.model_type not in OWN_ATTENTION and not masked:
         return NAME
+    family = AutoModelForCausalLM._model_mapping.get(type(config), None)
     return "sdpa" if getattr(family, "_supports_sdpa", False) else "eager"
 
 

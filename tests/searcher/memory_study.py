@@ -84,6 +84,7 @@ class MemoryStore:
     failures: dict[str, Outcome] = field(default_factory=dict)
     generations: dict[Place, Generation] = field(default_factory=dict)
     life: Life = field(default_factory=Life)
+    settled: dict[Place, list[int]] = field(default_factory=dict)
 
     def candidates(self, stage: int, part: str, generation: int) -> list[Candidate] | None:
         found = self.generations.get((stage, part, generation))
@@ -133,6 +134,16 @@ class MemoryStore:
         self.life.step()
         kept = self.failures if outcome.nll is None else self.evaluations
         kept.setdefault(outcome.key, outcome)
+
+    def settle(self, stage: int, part: str, generation: int, seen_by: Sequence[int]) -> None:
+        place = (stage, part, generation)
+        if self.settled.get(place, list(seen_by)) != list(seen_by):
+            raise AssertionError("what a generation was scored on is decided once")
+        if any(None in row[:seen] for row, seen in zip(self.outcomes(*place), seen_by, strict=True)):
+            raise AssertionError("a generation is settled when it is complete")
+        if place not in self.settled:
+            self.life.step()
+        self.settled[place] = list(seen_by)
 
     def units(self) -> list[str]:
         """Keys of all units of all generations, in order."""

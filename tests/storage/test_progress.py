@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 from small_study import CANDIDATES, DOCUMENTS, KEYS, UNIT_COUNT, rows, statements, study
@@ -119,6 +120,48 @@ class TestRacedOut:
             assert states(repository.generations("one")) == ["pending at 1", "pending at 1", "failed"]
             one.finish({})
         assert states(repository.generations("one")) == [f"dropped after {j} of 2" for j in (1, 0, 0)]
+
+    def test_what_was_settled_is_over_at_once(self, repository: Repository) -> None:
+        with study(repository, generation=False) as store:
+            write(store, "search", 0, LONG, RACED)
+            store.settle(0, "search", 0, [3, 1, 2, 1])
+            assert states(repository.generations("s")) == OVER
+            (summary,) = repository.studies()
+            assert (summary.done, summary.failed, summary.dropped, summary.skipped) == (7, 1, 2, 5)
+
+    @pytest.mark.parametrize("finish", [False, True])
+    def test_what_was_settled_does_not_depend_on_what_others_compute(
+        self, repository: Repository, finish: bool
+    ) -> None:
+        """Here all the rest, as if nothing had been raced out: better, slower, and failing where it was not looked."""
+        with study(repository, generation=False) as store:
+            write(store, "search", 0, LONG, [[8.0] * 3])
+            write(store, "refine", 0, LONG[:1], [[1.0]], 3.0, (0.1,))
+            write(store, "search", 1, LONG, RACED)
+            store.settle(0, "search", 1, [3, 1, 2, 1])
+            if finish:
+                store.finish({})
+            before = (repository.generations("s"), repository.cost("s"), repository.trajectory("s"))
+            (summary,) = repository.studies()
+            for key, loss in (("1 1", -99.0), ("1 2", -99.0), ("2 2", math.inf), ("3 1", 1.0), ("3 2", 1.0)):
+                store.record(Outcome(f"0 search 1 {key}", loss, 10, 50.0))
+            assert states(repository.generations("s"), generation=1) == OVER
+            assert (repository.generations("s"), repository.cost("s"), repository.trajectory("s")) == before
+            assert repository.cost("s").forwards == 10
+            assert repository.cost("s").multiple == 3.0
+            (again,) = repository.studies()
+            assert replace(again, updated_at=summary.updated_at) == summary
+            assert again.done + again.skipped == again.units
+
+    def test_one_that_failed_beyond_the_race_was_raced_out(self, repository: Repository) -> None:
+        """A later generation may ask for the same key, and fail to compute it."""
+        with study(repository) as store:
+            for row in KEYS:
+                store.record(Outcome(row[0], 1.0, 63))
+            store.settle(0, "search", 0, [1, 1, 1])
+            store.record(Outcome(KEYS[1][1], None, 0, failure="the worker died"))
+            assert states(repository.generations("s")) == ["dropped after 1 of 2"] * 3
+            assert [(s.failed, s.dropped) for s in repository.studies()] == [(0, 3)]
 
     def test_in_the_list_of_studies(self, repository: Repository) -> None:
         with study(repository, "open", generation=False) as store:

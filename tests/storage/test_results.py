@@ -28,20 +28,19 @@ def result(**values: Any) -> SearchResult:
     return SearchResult(**(given | values))
 
 
-def stored(found: SearchResult, multiple: float | None = None) -> Any:
-    return json.loads(json.dumps(result_json(plan(), found, WINDOWS, {}, multiple)))
+def stored(found: SearchResult) -> Any:
+    return json.loads(json.dumps(result_json(plan(), found, WINDOWS, {})))
 
 
 def test_what_it_cost() -> None:
-    assert {key: stored(result())[key] for key in ("forwards", "gradients", "multiple", "dropped", "pareto")} == {
+    assert {key: stored(result())[key] for key in ("forwards", "gradients", "dropped", "pareto")} == {
         "forwards": 9,
         "gradients": 0,
-        "multiple": None,
         "dropped": 0,
         "pareto": [],
     }
-    found = stored(result(gradients=60, dropped=17), 2.75)
-    assert (found["gradients"], found["dropped"], found["multiple"]) == (60, 17, 2.75)
+    found = stored(result(gradients=60, dropped=17))
+    assert (found["gradients"], found["dropped"]) == (60, 17)
 
 
 def test_the_front_comes_back_exactly() -> None:

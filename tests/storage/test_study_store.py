@@ -251,6 +251,40 @@ class TestOutcomes:
         assert len(sent) == 1
 
 
+class TestSettle:
+    def seen(self, database: Engine) -> list[int | None]:
+        with database.connect() as connection:
+            return list(connection.execute(select(CandidateRow.seen).order_by(CandidateRow.id)).scalars())
+
+    def test_one_generation_in_ask_order(self, repository: Repository, database: Engine) -> None:
+        with study(repository, "one") as one, study(repository, "two"):
+            one.add_generation(0, "search", 1, CANDIDATES, DOCUMENTS, KEYS)
+            one.add_generation(1, "search", 1, CANDIDATES[:1], DOCUMENTS, KEYS[:1])
+            one.settle(0, "search", 1, [2, 1, 0])
+        assert self.seen(database) == [None] * 6 + [2, 1, 0, None]
+
+    def test_again_it_is_one_read(self, repository: Repository, database: Engine) -> None:
+        with study(repository) as store:
+            store.settle(0, "search", 0, [2, 1, 1])
+            with statements() as sent:
+                store.settle(0, "search", 0, [2, 1, 1])
+        assert [statement.split()[0] for statement in sent] == ["SELECT"]
+        assert self.seen(database) == [2, 1, 1]
+
+    def test_a_wrong_number_of_them_writes_nothing(self, repository: Repository, database: Engine) -> None:
+        with study(repository) as store, pytest.raises(ValueError, match="shorter"):
+            store.settle(0, "search", 0, [1, 1])
+        assert self.seen(database) == [None] * 3
+
+    def test_the_driver_is_still_shown_all_that_is_known(self, repository: Repository) -> None:
+        """It decides again by its rule; what it left is no reason to hide what others computed."""
+        value = Outcome(KEYS[1][1], 1.0, 31)
+        with study(repository) as store:
+            store.settle(0, "search", 0, [2, 1, 1])
+            store.record(value)
+            assert known(store)[1] == [None, value]
+
+
 NEW_KEYS = [[key.replace("0", "9") for key in row] for row in KEYS]
 
 

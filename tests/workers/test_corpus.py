@@ -215,7 +215,10 @@ def extent(window: Window) -> tuple[str, int, int]:
 
 
 @pytest.mark.parametrize("bos", [True, False])
-@pytest.mark.parametrize("windows", [{}, {"search": 2}, {"search": 3, "refine": 1}, {"refine": 9}, {"search": 4}])
+@pytest.mark.parametrize(
+    "windows",
+    [{"refine": 3}, {"search": 2, "refine": 3}, {"search": 3, "refine": 1}, {"refine": 9}, {"search": 4, "refine": 3}],
+)
 @pytest.mark.parametrize("named", [True, False])
 def test_refine_windows_are_further_ones_of_the_search_documents(
     books: Path, bos: bool, windows: dict[str, int], named: bool
@@ -238,7 +241,7 @@ def test_refine_windows_are_further_ones_of_the_search_documents(
         taken = sorted([(start, end) for s, start, end in search if s == source] + further)
         assert all(start >= 0 and end == start + body <= 500 for start, end in taken)
         assert all(end <= start for (_, end), (start, _) in pairwise(taken))
-        wanted = request.windows.get(REFINE, 3)
+        wanted = request.windows[REFINE]
         assert len(further) == wanted or _no_room(taken, body)
     # The first further window of each document, then the second of each.
     rounds = -(-len(refine) // len(ours))
@@ -312,7 +315,7 @@ def test_negative_numbers_are_refused(make: Callable[[], CorpusRequest], message
 
 
 def test_the_reference_documents_have_further_windows_to_refine_on() -> None:
-    sets = study_windows(CorpusRequest(), load_tokenizer(MODEL_DIR), 2048, 256)
+    sets = study_windows(CorpusRequest(windows={REFINE: 3}), load_tokenizer(MODEL_DIR), 2048, 256)
     assert len(sets.windows[REFINE]) == 18
     search, refine = ({w.document.sha256 for w in sets.windows[part]} for part in ("search", REFINE))
     assert len(refine) == 18
