@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import math
 import resource
@@ -168,6 +169,7 @@ def test_a_gradient_that_is_not_finite_is_an_outcome(llama_folder: Path, monkeyp
 @contextmanager
 def room(mebibytes: int) -> Iterator[None]:
     """A block in which this process gets so much more memory than it has, and no more."""
+    gc.collect()
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + mebibytes * 2**20, hard))
@@ -177,6 +179,7 @@ def room(mebibytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
+@pytest.mark.slow  # gigabytes of work, and what other tests leave to the garbage collector would be room to it
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is limited as Linux does")
 def test_a_chunk_that_has_no_memory_is_halved_until_it_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # A feed-forward block so wide that 1,024 tokens of it take 128 MiB a tensor.
