@@ -11,7 +11,7 @@ from rich.table import Table
 from searcher.study import REFINE, Score
 from storage.cost import Cost
 from storage.progress import ScoredCandidate, StudySummary
-from storage.results import Result, factors_of, pareto_front, perplexities
+from storage.results import Result, factors_of, pareto_front, perplexities, scores
 
 METHOD_NAMES = {
     "none": "none (extrapolate)",
@@ -29,7 +29,7 @@ METHOD_NAMES = {
 def perplexity_table(result: Result, part: str) -> Table:
     """Every method's perplexity on one part, under its own attention factor and under the study's."""
     count, length = result["windows"][part]
-    tokens = count * (length - 1)
+    tokens = max((score.tokens for score in scores(result, part).values()), default=0)
     table = Table(
         title=f"Perplexity on the {part} documents: {count} windows of {length} tokens, {tokens} tokens scored",
         title_justify="left",

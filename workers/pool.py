@@ -145,7 +145,9 @@ class RayScorer:
         try:
             while True:
                 outcomes += filter(None, [self._collect(place, queue) for place in self._ready(timeout)])
-                self._dispatch(queue, extra)
+                # What has come back and is not stored yet would be lost with the driver: no more of it than of places.
+                if len(outcomes) <= len(self._places):
+                    self._dispatch(queue, extra)
                 if outcomes:  # one at a time: while it is stored other workers become free
                     yield outcomes.popleft()
                     timeout = 0.0
