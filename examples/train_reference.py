@@ -28,6 +28,17 @@ from workers.reference import HELD_OUT, held_out_documents, stdlib_dir
 
 WINDOW = 256
 BOS, EOS = "<s>", "</s>"
+SHAPE = {
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": WINDOW,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "tie_word_embeddings": True,
+}
 # Tables and archives that look like code but teach nothing about it.
 SKIPPED_FOLDERS = ("site-packages", "encodings", "__pycache__")
 
@@ -235,15 +246,7 @@ def main() -> None:
 
     config = LlamaConfig(
         vocab_size=1024,
-        hidden_size=256,
-        intermediate_size=704,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        max_position_embeddings=WINDOW,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        tie_word_embeddings=True,
+        **SHAPE,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )

@@ -10,12 +10,26 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Protocol
+from contextlib import ExitStack, contextmanager
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 BYTES = 2**25  # of all projections kept, on the model's device
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """A block in which a module's forward is another one; what it was before, replaced or not, is back after it."""
+    own = module.__dict__.get("forward")  # None: the class's
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
 
 
 class Reached(Protocol):
@@ -52,17 +66,10 @@ class Shared:
             replaced = {module: self._keeping(module, cache) for module in linears}
         else:
             replaced = {}
-        own = {module: module.__dict__.get("forward") for module in replaced}  # None: the class's
-        for module, forward in replaced.items():
-            module.forward = forward
-        try:
+        with ExitStack() as stack:
+            for module, forward in replaced.items():
+                stack.enter_context(replaced_forward(module, forward))
             yield
-        finally:
-            for module, before in own.items():
-                if before is None:
-                    del module.forward
-                else:
-                    module.forward = before
 
     def _keeping(self, module: nn.Module, cache: Reached) -> Callable[[Tensor], Tensor]:
         forward = module.forward

@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from searcher.errors import LongRopeError
 from searcher.rope import Factors
 from workers.apply import RescaledRotary, rescaled
+from workers.memo import replaced_forward
 from workers.model import LoadedModel, decoder_layers
 from workers.perplexity import logits_step, only_head, scored_ranges
 
@@ -152,23 +153,10 @@ def _checkpointed(loaded: LoadedModel) -> Iterator[None]:
         for layer in decoder_layers(loaded.model):
             for name in FEED_FORWARD:
                 if isinstance(block := getattr(layer, name, None), nn.Module):
-                    stack.enter_context(_replaced(block, _in_pieces(block)))
+                    stack.enter_context(replaced_forward(block, _in_pieces(block)))
             forward = _visiting(layer, loaded.device) if loaded.stream_weights else layer.forward
-            stack.enter_context(_replaced(layer, _checkpoint_of(forward)))
+            stack.enter_context(replaced_forward(layer, _checkpoint_of(forward)))
         yield
-
-
-@contextmanager
-def _replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    own = module.__dict__.get("forward")  # None: the class's
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own
 
 
 def _checkpoint_of(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -190,7 +178,7 @@ def _visiting(layer: nn.Module, device: torch.device) -> Callable[..., Any]:
         weights = {name: torch.empty_like(each, device=device) for name, each in held.items()}
         for name, each in held.items():
             weights[name].copy_(each, non_blocking=True)
-        with _replaced(layer, forward):
+        with replaced_forward(layer, forward):
             return torch.func.functional_call(layer, weights, args, kwargs)
 
     return run
