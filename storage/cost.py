@@ -7,6 +7,8 @@ everything was decided, are counted apart.
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -28,14 +30,15 @@ class PartCost:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a study is made of so far.
+    """What a study, or one stage of it, is made of so far.
 
     Attributes
     ----------
     forwards: units with an outcome that is no gradient step, failures among them, without the report rows.
     gradients: gradient steps likewise.
     multiple: what a gradient step costs in forwards of the same length: mean seconds over mean seconds, from this
-        study's own units, weighted by how many gradient steps a length has; None where either was not timed.
+        study's own units, weighted by how many gradient steps a length has; None where either was not timed. Over
+        several stages, the mean by their gradient steps, so that the totals of the stages add up to the study's.
     by_part: the same by part of the study; adds up to ``forwards`` and ``gradients``.
     report: document forwards of the report rows: test, short, and the methods' rows on the selection documents.
     """
@@ -60,7 +63,7 @@ class TrajectoryPoint:
 
     Attributes
     ----------
-    forwards, gradients: of the study so far, this candidate's among them; see ``Cost``.
+    forwards, gradients: of its stage so far, this candidate's among them; see ``Cost``.
     factors, origin: the best individual so far, by its loss on all search documents of its stage.
     loss: of that one, in nats a token.
     """
@@ -73,27 +76,41 @@ class TrajectoryPoint:
     loss: float
 
 
-def cost(session: Session, study: Study) -> Cost:
-    """The cost of a study."""
+def cost(session: Session, study: Study, stage: int | None = None) -> Cost:
+    """The cost of a study, or of one of its stages."""
     by_part: dict[str, PartCost] = {}
+    steps: Counter[int] = Counter()
     report = 0
     for row in scored_candidates(session, study):
+        if stage is not None and row.stage != stage:
+            continue
         if is_report(row.part, row.generation):
             report += row.scored
         elif row.scored:
             before = by_part.get(row.part, PartCost(0, 0))
             forwards = before.forwards + row.scored - row.gradients
+            steps[row.stage] += row.gradients
             by_part[row.part] = PartCost(forwards, before.gradients + row.gradients)
     return Cost(
         forwards=sum(part.forwards for part in by_part.values()),
         gradients=sum(part.gradients for part in by_part.values()),
-        multiple=_multiple(session, study),
+        multiple=_multiple({number: _stage_multiple(session, study, number) for number in +steps}, steps),
         by_part=by_part,
         report=report,
     )
 
 
-def _multiple(session: Session, study: Study) -> float | None:
+def _multiple(multiples: Mapping[int, float | None], steps: Mapping[int, int]) -> float | None:
+    """The mean of the stages' multiples by their gradient steps."""
+    known = [(multiple, steps[stage]) for stage, multiple in multiples.items() if multiple is not None]
+    if not known or len(known) < len(multiples):
+        return None
+    if len(known) == 1:
+        return known[0][0]
+    return math.fsum(multiple * count for multiple, count in known) / sum(count for _, count in known)
+
+
+def _stage_multiple(session: Session, study: Study, stage: int) -> float | None:
     """Mean seconds of a gradient step over mean seconds of a plain forward of the same length."""
     timed = (
         select(
@@ -105,7 +122,8 @@ def _multiple(session: Session, study: Study) -> float | None:
         .join(UnitRow, UnitRow.candidate_id == CandidateRow.id)
         .join(Evaluation, Evaluation.key == UnitRow.key)
         # What failed says nothing: it may have ended early, and a gradient that is not finite reads as none.
-        .where(CandidateRow.study_id == study.id, is_counted(), UnitRow.failure.is_(None), Evaluation.reason.is_(None))
+        .where(CandidateRow.study_id == study.id, CandidateRow.stage == stage, is_counted())
+        .where(UnitRow.failure.is_(None), Evaluation.reason.is_(None))
         .subquery()
     )
     group = (timed.c.length, timed.c.is_step)
@@ -121,11 +139,11 @@ def _multiple(session: Session, study: Study) -> float | None:
 
 
 def trajectory(rows: Sequence[ScoredCandidate]) -> list[TrajectoryPoint]:
-    """Cost against quality, from a study's candidates in the order in which they were asked for.
+    """Cost against quality, from the candidates of one stage in the order in which they were asked for.
 
     A point for every candidate that cost something, from the first one on that has a loss on all search documents; a
-    candidate that was raced out or failed costs and is never the best. The report rows are no points. Every stage
-    begins anew with its best, since losses at different lengths do not compare.
+    candidate that was raced out or failed costs and is never the best. The report rows are no points. One stage, since
+    losses at different lengths do not compare.
     """
     return list(_points(rows))
 
@@ -138,8 +156,6 @@ def _points(rows: Sequence[ScoredCandidate]) -> Iterator[TrajectoryPoint]:
             continue
         forwards += row.scored - row.gradients
         gradients += row.gradients
-        if best is not None and best[1].stage != row.stage:
-            best = None
         if row.part in RANKED and row.nll is not None and row.tokens:
             loss = row.nll / row.tokens
             if best is None or loss < best[0]:  # of equals the first, as the search ranks

@@ -1,4 +1,4 @@
-"""The tables: studies, their candidates and units, and the evaluations that all studies share.
+"""The tables: studies with their stages, candidates and units, and the evaluations that all studies share.
 
 The names carry a prefix because Optuna, too, has a table `studies`, and both may live in one PostgreSQL database.
 """
@@ -10,7 +10,18 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, TypeAlias
 
-from sqlalchemy import DateTime, Dialect, Double, ForeignKey, MetaData, String, Text, UniqueConstraint, func
+from sqlalchemy import (
+    DateTime,
+    Dialect,
+    Double,
+    ForeignKey,
+    ForeignKeyConstraint,
+    MetaData,
+    String,
+    Text,
+    UniqueConstraint,
+    func,
+)
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeDecorator
 
@@ -90,6 +101,68 @@ class Study(Base):
     lease_version: Mapped[int] = mapped_column(default=0)  # grows with every change of the lease, heartbeats included
     # The database's clock, not the driver's: hosts that share a database need not agree on the time.
     lease_heartbeat_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+
+
+class StageRow(Base):
+    """A stage of an extension; a plain search has none."""
+
+    __tablename__ = "longrope_stages"
+
+    study_id: Mapped[int] = mapped_column(ForeignKey("longrope_studies.id", ondelete="CASCADE"), primary_key=True)
+    stage: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    kind: Mapped[str] = mapped_column(Text)
+    settings: Mapped[dict[str, Any]] = mapped_column(Json)
+    profile: Mapped[dict[str, Any] | None] = mapped_column(Json)  # its own: another length has another chunk
+    status: Mapped[str] = mapped_column(Text)  # see storage/stages.py
+    result: Mapped[dict[str, Any] | None] = mapped_column(Json)
+    started_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    finished_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+
+
+def _of_a_stage() -> ForeignKeyConstraint:
+    return ForeignKeyConstraint(
+        ["study_id", "stage"], ["longrope_stages.study_id", "longrope_stages.stage"], ondelete="CASCADE"
+    )
+
+
+class CheckpointRow(Base):
+    """A checkpoint of a fine-tuning that is whole on disk."""
+
+    __tablename__ = "longrope_checkpoints"
+    __table_args__ = (_of_a_stage(),)
+
+    study_id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    stage: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    step: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    path: Mapped[str] = mapped_column(Json)  # reads back exactly, also where a name in it is not UTF-8
+    sha256: Mapped[str] = mapped_column(String(64))
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
+class TrainingLogRow(Base):
+    """What a step of a fine-tuning measured."""
+
+    __tablename__ = "longrope_training_logs"
+    __table_args__ = (_of_a_stage(),)
+
+    study_id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    stage: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    step: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    name: Mapped[str] = mapped_column(Text, primary_key=True)
+    value: Mapped[float | None] = mapped_column(Double)  # NULL: what SQLite makes of NaN
+
+
+class MeasurementRow(Base):
+    """What an evaluation of a stage measured."""
+
+    __tablename__ = "longrope_measurements"
+    __table_args__ = (_of_a_stage(),)
+
+    study_id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    stage: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    key: Mapped[str] = mapped_column(String(64), primary_key=True)
+    place: Mapped[dict[str, Any]] = mapped_column(Json)
+    value: Mapped[Any | None] = mapped_column(Json)
 
 
 class CandidateRow(Base):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import groupby
@@ -14,7 +14,8 @@ from sqlalchemy.orm import Session
 
 from searcher.rope import Factors
 from searcher.study import REFINE, SEARCH_SHORT, Outcome
-from storage.models import CandidateRow, Evaluation, Study, UnitRow
+from storage.models import CandidateRow, Evaluation, StageRow, Study, UnitRow
+from storage.stages import FINISHED
 from storage.study_store import factors_of, outcome_of, units
 
 SELECTION = "selection"
@@ -23,8 +24,27 @@ CHOSEN_FROM = (*RANKED, SEARCH_SHORT, REFINE)  # parts that are over once the fi
 
 
 @dataclass(frozen=True)
+class CurrentStage:
+    """Where an extension is: the first stage that is not finished, or the last one.
+
+    Attributes
+    ----------
+    stage: its number, from 0.
+    stages: how many there are.
+    kind, status: as in ``StageRecord``.
+    """
+
+    stage: int
+    stages: int
+    kind: str
+    status: str
+
+
+@dataclass(frozen=True)
 class StudySummary:
-    """A study in figures.
+    """A study in figures, summed over its stages where it has some.
+
+    There is no best: losses at different lengths do not compare.
 
     Attributes
     ----------
@@ -35,6 +55,7 @@ class StudySummary:
     failed: those of them that failed.
     dropped: candidates that were raced out.
     skipped: units that will never have an outcome, since their candidate was raced out or failed on another document.
+    stage: the current one of an extension; None in a plain search.
     """
 
     name: str
@@ -48,6 +69,7 @@ class StudySummary:
     skipped: int
     created_at: datetime
     updated_at: datetime
+    stage: CurrentStage | None = None
 
 
 @dataclass(frozen=True)
@@ -105,7 +127,7 @@ def over(first_ids: Iterable[tuple[Place, int]]) -> set[Place]:
     """Generations of an unfinished study that are over: a successor was written after them.
 
     A successor is a later generation of the same part and stage, the finalists of the stage, or anything of a later
-    stage.
+    stage. (The generations of a stage that was finished are over in any case, which is not seen from them.)
 
     Parameters
     ----------
@@ -171,11 +193,13 @@ def counts() -> Select[Any]:
     ).group_by(*generation)
 
 
-def figures(rows: Sequence[Sequence[Any]], finished: bool) -> tuple[int, int, int, int, int, int]:
+def figures(
+    rows: Sequence[Sequence[Any]], finished: bool, finished_stages: Collection[int] = ()
+) -> tuple[int, int, int, int, int, int]:
     """candidates, units, done, failed, dropped and skipped of one study, from its rows of counts()."""
     places = [Place(*row[1:4]) for row in rows]
     ended = set(places) if finished else over((place, row[4]) for place, row in zip(places, rows, strict=True))
-    ended |= {place for place, row in zip(places, rows, strict=True) if row[5]}
+    ended |= {place for place, row in zip(places, rows, strict=True) if row[5] or place.stage in finished_stages}
     totals = [0] * 6
     for place, row in zip(places, rows, strict=True):
         *plain, short, missing = (int(value) for value in row[6:])  # PostgreSQL's sums are Decimals
@@ -183,6 +207,14 @@ def figures(rows: Sequence[Sequence[Any]], finished: bool) -> tuple[int, int, in
         totals = [total + value for total, value in zip(totals, (*plain, *never), strict=True)]
     candidates, written, known, failed, dropped, skipped = totals
     return candidates, written, known, failed, dropped, skipped
+
+
+def current_stage(stages: Sequence[tuple[int, str, str]]) -> CurrentStage | None:
+    """The current stage, from every stage's number, kind and status in order."""
+    if not stages:
+        return None
+    number, kind, status = next((stage for stage in stages if stage[2] != FINISHED), stages[-1])
+    return CurrentStage(number, len(stages), kind, status)
 
 
 def scored_candidates(session: Session, study: Study) -> list[ScoredCandidate]:
@@ -195,12 +227,15 @@ def scored_candidates(session: Session, study: Study) -> list[ScoredCandidate]:
         members = list(group)
         names[candidate] = [row[1] for row in members]
         outcomes[candidate] = [outcome_of(*row[2:]) for row in members]
-    candidates = session.scalars(select(CandidateRow).where(mine)).all()
+    of_its_stage = and_(StageRow.study_id == CandidateRow.study_id, StageRow.stage == CandidateRow.stage)
+    with_stages = select(CandidateRow, StageRow.status).outerjoin(StageRow, of_its_stage).where(mine)
+    found_with_stages = session.execute(with_stages).all()
+    candidates = [row for row, _ in found_with_stages]
     first: dict[Place, int] = {}
     for row in candidates:
         first[_place(row)] = min(first.get(_place(row), row.id), row.id)
     ended = set(first) if study.status == "finished" else over(first.items())
-    ended |= {_place(row) for row in candidates if row.seen is not None}
+    ended |= {_place(row) for row, status in found_with_stages if row.seen is not None or status == FINISHED}
     scored = []
     for row in sorted(candidates, key=lambda row: (row.stage, first[_place(row)], row.child)):
         found = outcomes.get(row.id, [])

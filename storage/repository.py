@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import groupby
 from typing import Any
 
 from sqlalchemy import delete, exists, select
@@ -15,19 +16,24 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from searcher.errors import LongRopeError
-from storage import cost, lease, progress
+from storage import cost, lease, progress, stages
 from storage.cost import Cost, TrajectoryPoint
 from storage.database import WRITES, connect, explained, parse
-from storage.models import JSON, CandidateRow, Evaluation, Study, UnitRow, now
-from storage.progress import ScoredCandidate, StudySummary
+from storage.models import JSON, CandidateRow, Evaluation, StageRow, Study, UnitRow, now
+from storage.progress import CurrentStage, ScoredCandidate, StudySummary
+from storage.stages import FINISHED, RUNNING, WAITING, Checkpoint, Measurement, StageRecord
 from storage.study_store import StudyStore
 
-RUNNING, STOPPED, FINISHED = "running", "stopped", "finished"  # the store itself knows no "stopped"
+STOPPED = "stopped"  # which the store itself does not know
 
 __all__ = [
+    "Checkpoint",
     "Cost",
+    "CurrentStage",
+    "Measurement",
     "Repository",
     "ScoredCandidate",
+    "StageRecord",
     "StudyRecord",
     "StudyStore",
     "StudySummary",
@@ -95,8 +101,18 @@ class Repository:
         with explained(self._url, advice), Session(engine) as session, session.begin():
             yield session
 
-    def create_study(self, name: str, kind: str, settings: Mapping[str, JSON]) -> None:
-        """Write a new study.
+    def create_study(
+        self,
+        name: str,
+        kind: str,
+        settings: Mapping[str, JSON],
+        planned: Sequence[tuple[str, Mapping[str, JSON]]] = (),
+    ) -> None:
+        """Write a new study, in one transaction.
+
+        Parameters
+        ----------
+        planned: kind and settings of each stage of an extension, in order; none for a plain search.
 
         Raises
         ------
@@ -110,6 +126,11 @@ class Repository:
         try:
             with self._writing("try again") as session:
                 session.add(study)
+                session.flush()  # gives the study its id
+                session.add_all(
+                    StageRow(study_id=study.id, stage=number, kind=stage, settings=stages.stored(asked), status=WAITING)
+                    for number, (stage, asked) in enumerate(planned)
+                )
         except IntegrityError:
             raise LongRopeError(
                 f"There is a study {name!r} already: go on with it by `longrope resume {name}`, or choose another "
@@ -140,16 +161,56 @@ class Repository:
         here = lease.Owner.of(os.getpid())
         by_study: dict[int, list[Any]] = {}
         summaries = []
+        each_stage = (StageRow.stage, StageRow.kind, StageRow.status)
+        query = select(*each_stage, *columns, *lease.SEEN).outerjoin(StageRow, StageRow.study_id == Study.id)
         with self._reading() as session:
             for counted in session.execute(progress.counts()):
                 by_study.setdefault(counted[0], []).append(counted)
-            for row in session.execute(select(*columns, *lease.SEEN).order_by(Study.id)):
-                study_id, name, kind, status, created, updated, owner, heartbeat_at, clock = row
-                figures = progress.figures(by_study.get(study_id, []), status == FINISHED)
+            rows = session.execute(query.order_by(Study.id, StageRow.stage))
+            for study_id, group in groupby(rows, key=lambda row: row[3]):
+                members = list(group)
+                plan = [(number, kind, status) for number, kind, status, *_ in members if number is not None]
+                name, kind, status, created, updated, owner, heartbeat_at, clock = members[0][4:]
+                done = {number for number, _, stage_status in plan if stage_status == FINISHED}
+                figures = progress.figures(by_study.get(study_id, []), status == FINISHED, done)
                 if status == RUNNING and not lease.is_held(owner, heartbeat_at, clock, here):
                     status = STOPPED
-                summaries.append(StudySummary(name, kind, status, *figures, created, updated))
+                stage = progress.current_stage(plan)
+                summaries.append(StudySummary(name, kind, status, *figures, created, updated, stage))
         return summaries
+
+    def stages(self, name: str) -> list[StageRecord]:
+        """The stages of an extension in order; none where the study is a plain search.
+
+        Raises
+        ------
+        LongRopeError
+            There is no study of this name.
+        """
+        with self._reading() as session:
+            return stages.stages(session, _find(session, name).id)
+
+    def training_log(self, name: str, stage: int) -> dict[str, dict[int, float]]:
+        """What a fine-tuning logged so far: by name, then by step, ascending.
+
+        Raises
+        ------
+        LongRopeError
+            There is no study of this name.
+        """
+        with self._reading() as session:
+            return stages.training_log(session, _find(session, name).id, stage)
+
+    def measurements(self, name: str, stage: int) -> dict[str, Measurement]:
+        """What an evaluation measured so far, by key.
+
+        Raises
+        ------
+        LongRopeError
+            There is no study of this name.
+        """
+        with self._reading() as session:
+            return stages.measurements(session, _find(session, name).id, stage)
 
     def generations(self, name: str) -> list[ScoredCandidate]:
         """Every candidate of a study with its score, stage by stage, in the order in which they were asked for.
@@ -162,8 +223,8 @@ class Repository:
         with self._reading() as session:
             return progress.scored_candidates(session, _find(session, name))
 
-    def cost(self, name: str) -> Cost:
-        """What a study is made of so far, in document forwards and gradient steps.
+    def cost(self, name: str, stage: int | None = None) -> Cost:
+        """What a study, or one stage of it, is made of so far, in document forwards and gradient steps.
 
         Raises
         ------
@@ -171,17 +232,17 @@ class Repository:
             There is no study of this name.
         """
         with self._reading() as session:
-            return cost.cost(session, _find(session, name))
+            return cost.cost(session, _find(session, name), stage)
 
-    def trajectory(self, name: str) -> list[TrajectoryPoint]:
-        """Cost against quality: after every candidate what the study had cost, and its best individual so far.
+    def trajectory(self, name: str, stage: int = 0) -> list[TrajectoryPoint]:
+        """Cost against quality: after every candidate what the stage had cost, and its best individual so far.
 
         Raises
         ------
         LongRopeError
             There is no study of this name.
         """
-        return cost.trajectory(self.generations(name))
+        return cost.trajectory([row for row in self.generations(name) if row.stage == stage])
 
     def delete_study(self, name: str) -> None:
         """Remove a study, and the evaluations that no other study refers to.
@@ -201,7 +262,7 @@ class Repository:
             others = keys.where(CandidateRow.study_id != study_id, UnitRow.key == Evaluation.key)
             mine = Evaluation.key.in_(keys.where(CandidateRow.study_id == study_id))
             session.execute(delete(Evaluation).where(mine, ~exists(others.correlate(Evaluation))))
-            session.execute(delete(Study).where(Study.id == study_id))  # candidates and units go with it
+            session.execute(delete(Study).where(Study.id == study_id))  # all that is the study's own goes with it
             here = lease.Owner.of(os.getpid())
             drivers = session.execute(select(*lease.SEEN))
             if not any(lease.is_held(owner, beat_at, clock, here) for owner, beat_at, clock in drivers):

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import groupby
-from typing import Any, TypeAlias
+from typing import Any
 
 from sqlalchemy import ColumnElement, Select, insert, select, update
 from sqlalchemy.exc import IntegrityError
@@ -17,8 +15,7 @@ from searcher.errors import LongRopeError
 from searcher.rope import Factors
 from searcher.study import Candidate, Document, Outcome
 from storage.models import JSON, CandidateRow, Evaluation, Study, UnitRow, now
-
-Transactions: TypeAlias = "Callable[[], AbstractContextManager[Session]]"
+from storage.stages import StageStore, refuse_other_profile, stored
 
 NOT_FINITE = "the loss is not finite"
 GRADIENT_NOT_FINITE = "the gradient is not finite"
@@ -26,8 +23,8 @@ NOT_COMPUTED = "it could not be computed"
 KEYS_A_QUERY = 500  # databases limit the parameters of a statement
 
 
-class StudyStore:
-    """What one study keeps: ``searcher.study.Store`` for the driver that holds the study's lease.
+class StudyStore(StageStore):
+    """What one study keeps: ``searcher.study.Store`` for the driver that holds the study's lease, and its stages.
 
     Raises
     ------
@@ -35,13 +32,10 @@ class StudyStore:
         By every method: the database failed, and what to do. By those that write: another driver took the study over.
     """
 
-    def __init__(self, study_id: int, reading: Transactions, writing: Transactions) -> None:
-        self._study_id = study_id
-        self._reading = reading
-        self._writing = writing
-
     def set_profile(self, profile: Mapping[str, JSON]) -> None:
-        """Fix the numerics profile, before the first evaluation; the same one again is fine.
+        """Fix the study's numerics profile, before the first evaluation; the same one again is fine.
+
+        An extension's stages have a profile each: see ``begin_stage``.
 
         Raises
         ------
@@ -50,19 +44,13 @@ class StudyStore:
         """
         with self._writing() as session:
             study = session.get_one(Study, self._study_id)
-            wanted: dict[str, Any] = json.loads(json.dumps(dict(profile)))  # as it reads back: tuples are lists there
             if study.profile is None:
                 mine = CandidateRow.study_id == self._study_id
                 if session.execute(units().where(mine, has_outcome()).limit(1)).first():
                     raise LongRopeError(f"The study {study.name!r} has evaluations already; a profile comes too late.")
-                study.profile = wanted
-            elif study.profile != wanted:
-                keys = study.profile.keys() | wanted.keys()
-                changed = sorted(key for key in keys if study.profile.get(key) != wanted.get(key))
-                raise LongRopeError(
-                    f"The study {study.name!r} was begun under another numerics profile, which differs in "
-                    f"{', '.join(changed)}; go on where that one can be met, or start a new study."
-                )
+                study.profile = stored(profile)
+            else:
+                refuse_other_profile(f"The study {study.name!r}", study.profile, profile)
 
     def finish(self, result: Mapping[str, JSON]) -> None:
         """Mark the study finished, with what it found."""

@@ -1,4 +1,4 @@
-"""A store that the first version left: it is brought up to date, and what was in it shows as it did."""
+"""A store that an earlier version left: it is brought up to date, and what was in it shows as it did."""
 
 from __future__ import annotations
 
@@ -38,12 +38,19 @@ RESULT: dict[str, Any] = {
     "computed_by": {"software": {"torch": "2.9"}, "numerics": {"dtype": "float32"}},
     "history": [0.11, 0.1],
 }
+NEW_TABLES = ("longrope_stages", "longrope_checkpoints", "longrope_training_logs", "longrope_measurements")
 STUDIES = [("done", "finished", RESULT), ("left", "running", None)]
 
 
+@pytest.fixture(params=["0001", "0002"])
+def revision(request: pytest.FixtureRequest) -> str:
+    """The schema of the version that left the store."""
+    return str(request.param)
+
+
 @pytest.fixture
-def old(store_url: str) -> Iterator[Engine]:
-    """Two studies, one of them finished, with the tables of the first revision."""
+def old(store_url: str, revision: str) -> Iterator[Engine]:
+    """Two studies, one of them finished, with the tables of an earlier revision."""
     engine = create_engine(store_url)
     with engine.begin() as connection:
         config = Config(attributes={"connection": connection})
@@ -88,6 +95,7 @@ def old(store_url: str) -> Iterator[Engine]:
                 text("INSERT INTO longrope_evaluations VALUES (:key, :nll, :reason, 31, 0.5, 'w', :moment)"),
                 {"key": key, "nll": nll, "reason": reason, "moment": moment},
             )
+        command.upgrade(config, revision)
     yield engine
     engine.dispose()
 
@@ -100,18 +108,25 @@ def printed(table: Any) -> str:
 
 
 @pytest.mark.parametrize("create", [True, False])
-def test_every_row_is_kept(old: Engine, store_url: str, create: bool) -> None:
+def test_every_row_is_kept(old: Engine, store_url: str, revision: str, create: bool) -> None:
     tables = ("longrope_studies", "longrope_candidates", "longrope_units", "longrope_evaluations")
-    with old.connect() as connection:
+    with_gradients = {column["name"] for column in inspect(old).get_columns("longrope_evaluations")} >= {"gradient"}
+    assert with_gradients == (revision != "0001")
+    with old.begin() as connection:
+        if with_gradients:
+            connection.execute(text("UPDATE longrope_candidates SET seen = 1 WHERE id = 3"))
+            connection.execute(text("UPDATE longrope_evaluations SET gradient = '[0.5, -0.25]' WHERE key = '11'"))
         before = {table: connection.execute(text(f"SELECT * FROM {table}")).all() for table in tables}
-    assert "gradient" not in {column["name"] for column in inspect(old).get_columns("longrope_evaluations")}
+    assert not [table for table in inspect(old).get_table_names() if table in NEW_TABLES]
     Repository(store_url, create).close()
     with old.connect() as connection:
         for table in tables:
             after = connection.execute(text(f"SELECT * FROM {table}")).all()
-            added = (None,) if table in ("longrope_candidates", "longrope_evaluations") else ()
-            assert [tuple(row) for row in after] == [(*row, *added) for row in before[table]]
-        assert connection.execute(text(f"SELECT version_num FROM {VERSION_TABLE}")).all() == [("0002",)]
+            widened = not with_gradients and table in ("longrope_candidates", "longrope_evaluations")
+            assert [tuple(row) for row in after] == [(*row, None) if widened else tuple(row) for row in before[table]]
+        assert connection.execute(text(f"SELECT version_num FROM {VERSION_TABLE}")).all() == [("0003",)]
+    found = rows(old)
+    assert [found[table] for table in NEW_TABLES] == [0] * len(NEW_TABLES)
 
 
 @pytest.mark.usefixtures("old")
@@ -121,6 +136,8 @@ def test_studies_are_listed(store_url: str) -> None:
     assert (done.name, done.status, done.units, done.done, done.failed) == ("done", "finished", 4, 4, 1)
     assert (left.name, left.status, left.units, left.done, left.failed) == ("left", "stopped", 4, 3, 1)
     assert (done.dropped, done.skipped, left.dropped, left.skipped) == (0, 0, 0, 0)
+    assert (done.stage, left.stage) == (None, None)
+    assert repository.stages("done") == repository.stages("left") == []
     listed = printed(studies_table([done, left]))
     assert "4/4" in listed
     assert "3/4" in listed

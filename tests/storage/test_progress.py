@@ -296,8 +296,9 @@ class TestTrajectory:
         with study(repository, generation=False) as store:
             write(store, "search", 0, LONG, [[1.0, 1.0, 1.0]])
             write(store, "search", 0, LONG, [[7.0, 7.0, 7.0], [8.0, 8.0, 8.0]], stage=1)
-        points = [(p.stage, p.forwards, p.loss) for p in repository.trajectory("s")]
-        assert points == [(0, 3, 0.1), (1, 6, 0.7), (1, 9, 0.7)]
+        points = [[(p.stage, p.forwards, p.loss) for p in repository.trajectory("s", stage)] for stage in range(3)]
+        assert points == [[(0, 3, 0.1)], [(1, 3, 0.7), (1, 6, 0.7)], []]
+        assert repository.trajectory("s") == repository.trajectory("s", 0)
 
     def test_a_prefix_of_a_study_has_a_prefix_of_its_path(self, repository: Repository) -> None:
         with study(repository, generation=False) as store:
