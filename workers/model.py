@@ -16,7 +16,7 @@ from torch import nn
 from searcher.errors import LongRopeError
 from searcher.rope import Factors, RopeSpec
 from workers import attention as own_attention
-from workers.apply import INTERLEAVED, RescaledRotary, cos_layout, find_rotary, rescaled
+from workers.apply import INTERLEAVED, INTERLEAVED_FAMILIES, RescaledRotary, cos_layout, find_rotary, rescaled
 from workers.memo import Memo
 from workers.settings import NO_WINDOW as NO_WINDOW
 from workers.settings import device_name, settle_attention, settle_chunk, settle_device, settle_window
@@ -24,8 +24,6 @@ from workers.streaming import hold_on_host
 from workers.weights import SharedWeights, build
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Families whose attention pairs neighbouring dimensions although their cos and sin are laid out in halves.
-INTERLEAVED_FAMILIES = ("cohere", "cohere2", "glm", "glm4", "ernie4_5", "gptj", "codegen", "helium")
 # What AutoModelForCausalLM needs from a hub; weights in any other form are not fetched.
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 CODE = "*.py"  # fetched, and part of the model's identity, only where its code may run
