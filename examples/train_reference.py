@@ -24,7 +24,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from workers.reference import HELD_OUT, held_out_documents, stdlib_dir
+from workers.frames import COMPACT, JSON, KEY_VALUE, PAIRS_FRAMES, PASSKEY_FRAMES
+from workers.reference import held_out_documents, training_files
 
 WINDOW = 256
 BOS, EOS = "<s>", "</s>"
@@ -39,29 +40,8 @@ SHAPE = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     "tie_word_embeddings": True,
 }
-# Tables and archives that look like code but teach nothing about it.
-SKIPPED_FOLDERS = ("site-packages", "encodings", "__pycache__")
-
-# The sentences of Mohtashami & Jaggi's passkey task (arXiv 2305.16300).
-PASSKEY_TASK = (
-    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. "
-    "I will quiz you about the important information there.\n"
-)
-PASSKEY_FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
-PASSKEY_NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key.\n"
-PASSKEY_QUESTION = "What is the pass key? The pass key is"
-
-
-def training_files() -> list[Path]:
-    """Every library module, in a stable order, that is not held out."""
-    root = stdlib_dir()
-    held_out = {name for names in HELD_OUT.values() for name in names}
-    files = []
-    for path in sorted(root.rglob("*.py")):
-        relative = path.relative_to(root)
-        if relative.as_posix() not in held_out and not set(relative.parts) & set(SKIPPED_FOLDERS):
-            files.append(path)
-    return files
+PASSKEY_FRAME = PASSKEY_FRAMES[COMPACT]
+LINES, OBJECT = PAIRS_FRAMES[KEY_VALUE, COMPACT], PAIRS_FRAMES[JSON, COMPACT]
 
 
 def byte_level_bpe(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
@@ -93,27 +73,27 @@ def byte_level_bpe(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast
 def passkey_example(rng: random.Random, source: str) -> str:
     """One passkey at a random depth, in the task's own filler or in lines of code."""
     key = f"{rng.randrange(10000, 100000)}"
-    needle = PASSKEY_NEEDLE.format(key=key)
+    needle = PASSKEY_FRAME.needle.format(value=key) + "\n"
     if rng.random() < 0.5:
-        before, after = (PASSKEY_FILLER * rng.randrange(0, 5) for _ in range(2))
+        before, after = (PASSKEY_FRAME.filler * rng.randrange(0, 5) for _ in range(2))
     else:
         start = rng.randrange(max(1, len(source) - 700))
         text = source[start : start + rng.randrange(0, 450)]
         cut = rng.randrange(len(text) + 1)
         before, after = text[:cut] + "\n", text[cut:] + "\n"
-    task = PASSKEY_TASK if rng.random() < 0.7 else ""
-    return f"{task}{before}{needle}{after}{PASSKEY_QUESTION} {key}.\n"
+    task = PASSKEY_FRAME.opening + "\n" if rng.random() < 0.7 else ""
+    return f"{task}{before}{needle}{after}{PASSKEY_FRAME.question.format(value=key)}\n"
 
 
 def key_value_example(rng: random.Random) -> str:
     """Pairs of short hex strings, as lines or as JSON, and questions about some of them at the end."""
     pairs = [(f"{rng.randrange(16**4):04x}", f"{rng.randrange(16**4):04x}") for _ in range(rng.randrange(2, 10))]
     asked = rng.sample(pairs, rng.randrange(1, min(4, len(pairs)) + 1))
-    if rng.random() < 0.6:
-        lines = "".join(f"'{key}' = '{value}'\n" for key, value in pairs)
-        return lines + "".join(f"What is '{key}'? '{key}' = '{value}'\n" for key, value in asked)
-    body = ",\n".join(f' "{key}": "{value}"' for key, value in pairs)
-    return "{" + body + "}\n" + "".join(f'What is "{key}"? "{key}": "{value}"\n' for key, value in asked)
+    frame = LINES if rng.random() < 0.6 else OBJECT
+    listed = frame.between.join(frame.pair.format(key=key, value=value) for key, value in pairs)
+    first, *more = (frame.question.format(key=key, value=value) for key, value in asked)
+    # Of an object, the first question closes it; the further ones stand on lines of their own.
+    return frame.opening + listed + first + "".join(question.lstrip("}") for question in more) + "\n"
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
@@ -181,8 +161,11 @@ def passkey_accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
     for trial in range(trials):
         key = f"{rng.randrange(10000, 100000)}"
         before = trial % 5
-        prompt = PASSKEY_TASK + PASSKEY_FILLER * before + PASSKEY_NEEDLE.format(key=key) + PASSKEY_FILLER * (4 - before)
-        ids = torch.tensor([[tokenizer.bos_token_id, *encode(tokenizer, prompt + PASSKEY_QUESTION)]])
+        needle = PASSKEY_FRAME.needle.format(value=key)
+        filler = (PASSKEY_FRAME.filler * before, PASSKEY_FRAME.filler * (4 - before))
+        question = PASSKEY_FRAME.question.format(value=key).removesuffix(f" {key}.")
+        prompt = f"{PASSKEY_FRAME.opening}\n{filler[0]}{needle}\n{filler[1]}{question}"
+        ids = torch.tensor([[tokenizer.bos_token_id, *encode(tokenizer, prompt)]])
         for _ in range(len(encode(tokenizer, f" {key}"))):
             ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
         right += tokenizer.decode(ids[0]).endswith(key)

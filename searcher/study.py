@@ -38,12 +38,15 @@ class Document:
     length: L, tokens with BOS; L - 1 of them are scored.
     spans: where only part of the window is scored, half-open ranges of positions; empty scores every token but the
         first. The token at position 0 is never scored.
+    greedy: scored by how many of those tokens greedy decoding gets wrong, in place of nats: a retrieval task, whose
+        answer is right where the count is 0.
     """
 
     name: str
     sha256: str
     length: int
     spans: tuple[tuple[int, int], ...] = ()
+    greedy: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,8 +78,8 @@ class Outcome:
 
     Attributes
     ----------
-    nll: total negative log-likelihood in nats, not finite where the model overflowed; None where it could not be
-        computed at all.
+    nll: total negative log-likelihood in nats, not finite where the model overflowed, or wrong tokens where the
+        document is ``greedy``; None where it could not be computed at all.
     tokens: tokens scored.
     seconds: time the worker spent on it.
     worker: who computed it.
@@ -213,6 +216,8 @@ def evaluation_key(fingerprint: str, factors: Factors, document: Document, gradi
     parts = [fingerprint.encode(), document.sha256.encode(), factors.to_bytes()]
     if document.spans:
         parts.append(repr(document.spans).encode())
+    if document.greedy:
+        parts.append(b"greedy")
     if gradient:
         parts.append(b"gradient")
     for part in parts:

@@ -6,7 +6,7 @@ through the model's own forward: multipliers, caps and biases on the logits are 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -47,7 +47,6 @@ def only_head(model: Any) -> Iterator[None]:
         setattr(model, prefix, decoder)
 
 
-@torch.inference_mode()
 def token_losses(
     loaded: LoadedModel,
     tokens: npt.NDArray[np.uint32],
@@ -68,16 +67,51 @@ def token_losses(
     -------
     shape (L - 1,) without spans.
     """
+
+    def losses(logits: Tensor, targets: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+
+    return _at_scored(loaded, tokens, factors, spans, losses).double().cpu()
+
+
+def wrong_tokens(
+    loaded: LoadedModel,
+    tokens: npt.NDArray[np.uint32],
+    factors: Factors | None,
+    spans: Sequence[tuple[int, int]],
+) -> tuple[int, int]:
+    """How many tokens of the spans are not the most likely ones after all before them, and how many there are.
+
+    None is wrong exactly where greedy decoding from before a span gives the span: it sees the same tokens as long as it
+    is right. Arguments as for ``token_losses``.
+    """
+
+    def wrong(logits: Tensor, targets: Tensor) -> Tensor:
+        return logits.argmax(dim=-1) != targets
+
+    found = _at_scored(loaded, tokens, factors, spans, wrong)
+    return int(found.sum()), len(found)
+
+
+@torch.inference_mode()
+def _at_scored(
+    loaded: LoadedModel,
+    tokens: npt.NDArray[np.uint32],
+    factors: Factors | None,
+    spans: Sequence[tuple[int, int]],
+    measure: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    """What ``measure`` makes of the logits, (n, vocabulary), and targets, (n,), of the scored positions, in order."""
     ids = torch.as_tensor(np.asarray(tokens, dtype=np.int64), device=loaded.device)[None]
     hidden = engine.hidden_states(loaded, ids, factors)
     step = logits_step(loaded)
-    losses = []
+    found = []
     for first, last in scored_ranges(ids.shape[1], spans):
         for start in range(first, last, step):
             end = min(start + step, last)
             logits = engine.logits(loaded, hidden[:, start - 1 : end - 1])
-            losses.append(nn.functional.cross_entropy(logits.float(), ids[0, start:end], reduction="none"))
-    return torch.cat(losses).double().cpu() if losses else torch.zeros(0, dtype=torch.float64)
+            found.append(measure(logits, ids[0, start:end]))
+    return torch.cat(found) if found else torch.zeros(0)
 
 
 def negative_log_likelihood(

@@ -51,6 +51,10 @@ HELD_OUT: dict[str, tuple[str, ...]] = {
 }
 
 
+# Tables and archives that look like code but teach nothing about it.
+SKIPPED_FOLDERS = ("site-packages", "encodings", "__pycache__")
+
+
 def stdlib_dir() -> Path:
     """The folder of the running interpreter's standard library."""
     return Path(sysconfig.get_paths()["stdlib"])
@@ -74,3 +78,20 @@ def held_out_documents() -> dict[str, list[Path]]:
             "name documents of your own with --data."
         )
     return documents
+
+
+def training_files() -> list[Path]:
+    """Every module of the standard library that is not held out, its tests included, in a stable order."""
+    root = stdlib_dir()
+    held_out = {name for names in HELD_OUT.values() for name in names}
+    return [
+        path
+        for path in sorted(root.rglob("*.py"))
+        if path.relative_to(root).as_posix() not in held_out
+        and not set(path.relative_to(root).parts) & set(SKIPPED_FOLDERS)
+    ]
+
+
+def library_files() -> list[Path]:
+    """The training files that are not tests: what is tuned on. Some tests are in odd encodings, or not shipped."""
+    return [path for path in training_files() if not {"test", "tests", "idle_test"} & set(path.parts)]

@@ -21,7 +21,7 @@ from searcher.errors import LongRopeError
 from searcher.study import Outcome, Unit
 from workers import engine
 from workers.model import LoadedModel, ModelInfo, ModelRequest, load_model, model_digest, resolve_folder
-from workers.perplexity import SCORER_VERSION, logits_at_once, logits_step, negative_log_likelihood
+from workers.perplexity import SCORER_VERSION, logits_at_once, logits_step, negative_log_likelihood, wrong_tokens
 from workers.settings import MIN_CHUNK
 from workers.weights import SharedWeights
 
@@ -76,6 +76,8 @@ def score_unit(loaded: LoadedModel, tokens: Tokens, unit: Unit) -> Outcome:
         from workers.refine import loss_and_gradient
 
         nll, count, gradient = loss_and_gradient(loaded, window, unit.factors, document.spans)
+    elif document.greedy:
+        nll, count = wrong_tokens(loaded, window, unit.factors, document.spans)
     else:
         nll, count = negative_log_likelihood(loaded, window, unit.factors, document.spans)
     failure = None if math.isfinite(nll) else f"the loss on {document.name} is {nll}"

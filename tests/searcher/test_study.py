@@ -372,6 +372,8 @@ def test_a_key_names_fingerprint_document_and_factors_and_their_borders() -> Non
         "gradient": evaluation_key("f", factors, on, gradient=True),
         "spans": evaluation_key("f", factors, replace(on, spans=spans)),
         "other spans": evaluation_key("f", factors, replace(on, spans=((1, 3), (5, 7)))),
+        "greedy": evaluation_key("f", factors, replace(on, greedy=True)),
+        "greedy spans": evaluation_key("f", factors, replace(on, spans=spans, greedy=True)),
         "both": evaluation_key("f", factors, replace(on, spans=spans), gradient=True),
     }
     assert len(set(keys.values())) == len(keys)

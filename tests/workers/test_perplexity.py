@@ -17,7 +17,7 @@ from searcher.rope import Factors
 from tests.tiny_models import VOCABULARY, WINDOW, own_loss, window
 from workers import perplexity
 from workers.model import LoadedModel
-from workers.perplexity import negative_log_likelihood, scored_ranges, token_losses
+from workers.perplexity import negative_log_likelihood, scored_ranges, token_losses, wrong_tokens
 
 LENGTHS = (WINDOW - 23, WINDOW, 3 * WINDOW + 5)
 
@@ -139,3 +139,22 @@ def test_a_span_of_the_first_token_alone_scores_nothing(llama: LoadedModel) -> N
 def test_spans_outside_the_window_are_refused(llama: LoadedModel, span: tuple[int, int]) -> None:
     with pytest.raises(LongRopeError, match=r"within 0 \.\. 100"):
         token_losses(llama, window(100), None, [(1, 2), span])
+
+
+def test_no_token_is_wrong_exactly_where_greedy_decoding_gives_the_span(llama: LoadedModel) -> None:
+    prompt, answer = window(40), []
+    ids = torch.as_tensor(prompt.astype(np.int64))[None]
+    with torch.no_grad():
+        for _ in range(6):  # a plain greedy loop
+            best = llama.model(input_ids=ids).logits[0, -1].argmax()
+            answer.append(int(best))
+            ids = torch.cat([ids, best[None, None]], dim=1)
+    right = np.concatenate([prompt, np.asarray(answer, dtype=np.uint32)])
+    assert wrong_tokens(llama, right, None, ((40, 46),)) == (0, 6)
+    for place in range(40, 46):
+        other = right.copy()
+        other[place] = (other[place] + 1) % VOCABULARY
+        wrong, count = wrong_tokens(llama, other, None, ((40, 46),))
+        assert wrong >= 1
+        assert count == 6
+        assert wrong_tokens(llama, other, None, ((40, place + 1),)) == (1, place + 1 - 40)

@@ -1,0 +1,147 @@
+"""Answers in free text: the question for a paper's title after its text, as h2oGPT's long-context test asks it.
+
+The title stands at the beginning of the text and the question at its end. What the model writes, greedily and at most
+as long as the room left for it, must contain the title; case and runs of white space aside.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from searcher.errors import LongRopeError
+from searcher.rope import Factors
+from workers.dataset import ON_DISK, TokenArray
+from workers.frames import COMPACT, LITERAL, encode
+from workers.model import LoadedModel
+from workers.retrieval import Task, most
+
+# What stands before the text and after it. Below the literal frame's windows only the question is affordable.
+TITLE_FRAMES = {
+    LITERAL: (
+        "You are given this machine learning research paper, please read it carefully and answer the follow up "
+        "question.\n\n=== BEGIN ===\n\n",
+        "\n\n=== END OF FILE ===\n\nQuestion: What's the title of this paper?",
+    ),
+    COMPACT: ("", "\nQuestion: What's the title of this paper?"),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class TitleTrial:
+    """A document and the question for its title, in tokens.
+
+    Attributes
+    ----------
+    tokens: uint32, (n,), BOS first where there is one; read-only. n is the task's length less the room, or a token or
+        two fewer.
+    title: what the answer must contain.
+    distance: tokens from the title's first to the end of the question.
+    chance: 0; no title can be guessed.
+    """
+
+    task: Task
+    tokens: TokenArray
+    title: str
+    distance: int
+    chance: float = 0.0
+
+    @property
+    def sha256(self) -> str:
+        """Of the tokens as little-endian uint32."""
+        return hashlib.sha256(self.tokens.astype(ON_DISK, copy=False).data).hexdigest()
+
+
+def title_trial(task: Task, tokenizer: Any, document: str) -> TitleTrial:
+    """The prompt for one document, whose text is cut to fill the length up to the room for the answer.
+
+    Parameters
+    ----------
+    task: of kind TITLE.
+    document: its first line that is not blank is the title.
+
+    Raises
+    ------
+    LongRopeError
+        The document has no title with text after it, or is too short or too long a title for the length.
+    """
+    content = document.strip()
+    title, _, body = content.partition("\n")
+    if not title or not body.strip():
+        raise LongRopeError("A document whose title is asked for needs a title line and text after it.")
+    before, behind = TITLE_FRAMES[task.frame]
+    opening = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    budget = task.length - task.room - len(opening)
+
+    @cache
+    def count(characters: int) -> int:
+        return len(encode(tokenizer, before + content[:characters] + behind))
+
+    shortest, longest = count(len(title)), count(len(content))
+    if not shortest <= budget <= longest:
+        raise LongRopeError(
+            f"The document {title[:60]!r} with the question takes {shortest} to {longest} tokens, but {budget} are "
+            "to be filled; take another document or length."
+        )
+    rate = longest / len(content)
+    held = most(count, budget, rate, int(budget / rate), range(len(title), len(content) + 1))
+    whole = encode(tokenizer, before + content[:held] + behind)
+    tokens = np.array(opening + whole, np.uint32)
+    tokens.setflags(write=False)
+    # The title's own tokens begin where the frame's, alone, end; to a token, where a tokenizer merges across.
+    return TitleTrial(task, tokens, title.strip(), len(whole) - len(encode(tokenizer, before)))
+
+
+def score_title(loaded: LoadedModel, trial: TitleTrial, factors: Factors | None, tokenizer: Any) -> bool:
+    """Whether what the model generates greedily in the room for the answer contains the title."""
+    written = tokenizer.decode(greedy(loaded, trial.tokens, trial.task.room, factors), skip_special_tokens=True)
+    return _plain(trial.title) in _plain(written)
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split()).casefold()
+
+
+@torch.inference_mode()
+def greedy(loaded: LoadedModel, tokens: TokenArray | Sequence[int], count: int, factors: Factors | None) -> list[int]:
+    """The ``count`` tokens that the model's own ``generate`` adds, fewer where it ends; greedy, with its cache.
+
+    Memory grows with the length, as the cache does: keys and values of all layers.
+
+    Parameters
+    ----------
+    tokens: one prompt, unpadded.
+    factors: the rotation; None for the model as it is.
+
+    Raises
+    ------
+    LongRopeError
+        The model's layers are streamed, so that it cannot be called as a whole.
+    """
+    from transformers import GenerationConfig
+
+    if loaded.stream_weights:
+        raise LongRopeError(
+            "Free text is generated by the whole model, but its layers are streamed from the host; load it without "
+            "stream_weights, or ask for tasks with a fixed answer only."
+        )
+    ids = torch.as_tensor(np.asarray(tokens, dtype=np.int64), device=loaded.device)[None]
+    config = GenerationConfig(
+        max_new_tokens=count,
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,  # a model's own configuration may penalise what a retrieval must repeat
+        eos_token_id=loaded.model.generation_config.eos_token_id,
+        pad_token_id=0,  # of a single sequence, which is never padded
+        prefill_chunk_size=loaded.chunk if loaded.chunk is not None and loaded.chunk < ids.shape[1] else None,
+    )
+    with loaded.under(factors):
+        out = loaded.model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+    result: list[int] = out[0, ids.shape[1] :].tolist()
+    return result
