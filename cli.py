@@ -8,6 +8,8 @@ import os
 import re
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,8 +20,8 @@ from rich.console import Console
 from searcher.errors import LongRopeError
 
 if TYPE_CHECKING:
+    from extensions import Extension
     from runs import Run
-    from searcher.plan import SearchSettings
     from storage.repository import Repository
 
 app = typer.Typer(
@@ -154,7 +156,7 @@ def launch(
     Example: longrope launch --model ./my-model --data ./books --target 128k --gpus-per-worker 1
     """
     from runs import Run
-    from searcher.plan import parse_choices, parse_length
+    from searcher.plan import parse_choices, parse_length, settled
     from searcher.space import N_HATS
     from storage.repository import Repository
     from workers.corpus import CorpusRequest
@@ -164,11 +166,7 @@ def launch(
 
     if model is not None and not data:
         raise LongRopeError("Name text for your model with --data: a file, a folder, a glob, JSONL or parquet.")
-    if study is not None and not STUDY_NAME.fullmatch(study):
-        raise LongRopeError(
-            "A study's name is part of its files' names: up to 60 letters, digits and any of . _ - + = @, the first of "
-            f"them a letter or digit, not {study!r}."
-        )
+    _check_study_name(study)
     path = str(MODEL_DIR) if model is None else model
     resolve_folder(path)
     if Path(path).expanduser().is_dir():  # where resume finds it from any other folder; a hub's name stays one
@@ -177,7 +175,7 @@ def launch(
     choices = N_HATS if n_hats is None else parse_choices(n_hats)
     if n_hats is not None and max(choices) > length:
         raise LongRopeError(f"n_hat counts start tokens of the target's {length}, so it cannot be {max(choices)}.")
-    settings = _search_settings(
+    settings = settled(
         preset,
         sampler,
         {
@@ -233,13 +231,106 @@ def launch(
         trust_remote_code=trust_remote_code,
     )
     repository = Repository(storage)
-    if study is None:
-        model_name = re.sub(r"[^\w.+=@-]+", "-", Path(path).name).strip("-.")[:30] or "model"
-        study = _free_name(repository, f"{model_name}-{length}-seed{seed}")
-    elif study in {summary.name for summary in repository.studies()}:
-        raise LongRopeError(f"There is a study {study!r} already: `longrope resume {study}`, or choose another name.")
+    study = _new_name(repository, study, f"{_plain(Path(path).name)}-{length}-seed{seed}")
     pool = None if in_process else PoolRequest(workers, gpus_per_worker, ray_address)
     _run(repository, Run(study, request, corpus, settings, pool, out), storage, as_json, is_new=True)
+
+
+@app.command()
+def extend(
+    plan: Annotated[str, typer.Argument(help="Plan file (TOML), or the name of one that comes with the program.")] = (
+        "reference"
+    ),
+    model: Model = None,
+    data: Data = None,
+    train_data: Annotated[
+        list[str] | None, typer.Option(help="Text to fine-tune on; in none of the other sets.")
+    ] = None,
+    study: Annotated[str | None, typer.Option(help="Name of the study; made up if not given.")] = None,
+    storage: Storage = DEFAULT_STORAGE,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=2**63 - 1, help="Of all randomness, in place of the plan's.")
+    ] = None,
+    workers: Workers = None,
+    gpus_per_worker: GpusPerWorker = None,
+    ray_address: RayAddress = None,
+    in_process: InProcess = False,
+    out: Out = Path(),
+    selection_data: SelectionData = None,
+    test_data: TestData = None,
+    text_column: TextColumn = "text",
+    data_seed: Annotated[int, typer.Option(min=0, help="Of the deal of documents into sets.")] = 0,
+    dtype: Dtype = "auto",
+    attention: Attention = "auto",
+    sliding_window: SlidingWindow = None,
+    original_length: OriginalLength = None,
+    chunk: Chunk = None,
+    hidden_on_host: HiddenOnHost = False,
+    stream_weights: StreamWeights = False,
+    threads: Threads = 1,
+    tuning_threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads of a fine-tuning; all cores if not given.")
+    ] = None,
+    trust_remote_code: Remote = False,
+    show: Annotated[bool, typer.Option("--show", help="Print the plan with what each stage costs, and stop.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run a progressive extension: search, fine-tune, search on, recover short lengths, evaluate.
+
+    All defaults: the reference model to 32 times its window. Plans that come with the program: longrope-llama2,
+    longrope-mistral, reference, smoke.
+
+    Example: longrope extend longrope-llama2 --model ./llama2 --data ./books --train-data ./redpajama
+    """
+    from extensions import Extension, show_plan
+    from searcher.extension import FINETUNE
+    from searcher.plan_file import read_plan
+    from storage.repository import Repository
+    from workers.corpus import CorpusRequest
+    from workers.model import ModelRequest, read_original_length, resolve_folder
+    from workers.reference import MODEL_DIR
+    from workers.scorer import PoolRequest
+
+    _check_study_name(study)
+    path = str(MODEL_DIR) if model is None else model
+    resolve_folder(path)
+    if Path(path).expanduser().is_dir():  # where resume finds it from any other folder; a hub's name stays one
+        path = str(Path(path).expanduser().resolve())
+    stages = read_plan(plan, original_length or read_original_length(path, trust_remote_code), seed)
+    if model is not None and not data and not show:
+        raise LongRopeError("Name text for your model with --data: a file, a folder, a glob, JSONL or parquet.")
+    tunes_here = any(not stage.outside for stage in stages.of_kind(FINETUNE))
+    if model is not None and not train_data and tunes_here and not show:
+        raise LongRopeError("The plan fine-tunes: name the text for it with --train-data.")
+    request = ModelRequest(
+        path=path,
+        target_length=max(stage.length for stage in stages.stages),
+        dtype=dtype,
+        attention=attention,
+        sliding_window=sliding_window,
+        original_length=original_length,
+        chunk=chunk,
+        hidden_on_host=hidden_on_host,
+        stream_weights=stream_weights,
+        threads=threads,
+        trust_remote_code=trust_remote_code,
+    )
+    if show:
+        show_plan(stages, request, _console())
+        return
+    corpus = CorpusRequest(
+        sources=tuple(data or ()),
+        selection=tuple(selection_data or ()),
+        test=tuple(test_data or ()),
+        text_column=text_column,
+        seed=data_seed,
+    )
+    repository = Repository(storage)
+    name = _new_name(repository, study, f"{_plain(Path(path).name)}-{_plain(stages.name)}")
+    pool = None if in_process else PoolRequest(workers, gpus_per_worker, ray_address)
+    cores = tuning_threads or os.cpu_count() or 1
+    extension = Extension(name, stages, request, corpus, tuple(train_data or ()), cores, pool, out)
+    _extend(repository, extension, storage, as_json, is_new=True)
 
 
 @app.command()
@@ -253,6 +344,9 @@ def resume(
     accept_numerics: Annotated[
         bool, typer.Option("--accept-numerics", help="Go on with other hardware or software, and lose bit-identity.")
     ] = False,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="What an outside trainer made, where an extension waits for it.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder the factor file is written to; as launched if not given.")
     ] = None,
@@ -262,6 +356,7 @@ def resume(
 
     Example: longrope resume my-study
     """
+    from extensions import Extension
     from runs import Run
     from storage.repository import Repository
     from workers.scorer import PoolRequest
@@ -273,62 +368,20 @@ def resume(
             f"The study {study} is finished, so there is nothing to resume; `longrope export {study}` writes its "
             f"factors and `longrope studies show {study}` its tables."
         )
-    stored = Run.from_json(study, record.settings)
+    extends = record.kind == "extension"
+    if checkpoint is not None and not extends:
+        raise LongRopeError(f"--checkpoint is for an extension that waits for one; {study} is a {record.kind}.")
+    stored = (Extension if extends else Run).from_json(study, record.settings)
     if ray_address == "local":  # back from a cluster to this machine
         stored, ray_address = replace(stored, pool=PoolRequest(stored.pool.workers if stored.pool else None)), None
     given: dict[str, Any] = {"workers": workers, "gpus_per_worker": gpus_per_worker, "ray_address": ray_address}
     changed = {key: value for key, value in given.items() if value is not None}
     pool = replace(stored.pool or PoolRequest(), **changed) if changed or stored.pool else None
     run = replace(stored, pool=None if in_process else pool, out=out or stored.out)
-    _run(repository, run, storage, as_json, is_new=False, accept_numerics=accept_numerics)
-
-
-def _search_settings(
-    name: str,
-    sampler: str | None,
-    evolution: dict[str, Any],
-    refinement: dict[str, Any],
-    racing: bool | None,
-    caution: float | None,
-    finalists: int | None,
-    **others: Any,
-) -> SearchSettings:
-    """A preset with what the command line says otherwise."""
-    from searcher.descent import Refinement
-    from searcher.plan import DEFAULT_PRESET, SearchSettings, overridden, preset
-    from searcher.racing import Racing
-    from searcher.samplers import Sampler
-
-    # A sampler takes the counts of evolution in its place, and the default preset has little of that.
-    chosen = preset("quick" if sampler is not None and name == DEFAULT_PRESET else name)
-    settled = overridden(chosen.evolution, evolution)
-    refined, raced, proposer = chosen.refinement, chosen.racing, None
-    if sampler is not None:
-        batch = settled.mutants + settled.crosses
-        proposer = Sampler(sampler, settled.population, batch, settled.generations)
-        refined, raced = None, None
-    asked = {key for key, value in refinement.items() if value is not None}
-    if asked:
-        refined = overridden(refined or Refinement(legs=int(sampler is None and "final_legs" not in asked)), refinement)
-        if not refined.gradients and asked - {"legs", "final_legs"}:
-            raise LongRopeError(
-                f"{', '.join(sorted(asked - {'legs', 'final_legs'}))} are of a refinement, and this search has none; "
-                "give --refine-legs, or with a sampler --refine-final-legs."
-            )
-    if racing is False and caution is not None:
-        raise LongRopeError("--racing-caution is of racing, which --no-racing leaves out; give one of them.")
-    if racing is not None or caution is not None:
-        raced = None if racing is False else overridden(raced or Racing(), {"caution": caution})
-    return SearchSettings(
-        preset=name,
-        evolution=settled,
-        refinement=refined,
-        racing=raced,
-        sampler=proposer,
-        finalists=finalists or chosen.finalists,
-        all_seeds_final=chosen.all_seeds_final,
-        **others,
-    )
+    if isinstance(run, Extension):
+        _extend(repository, run, storage, as_json, False, checkpoint, accept_numerics)
+    else:
+        _run(repository, run, storage, as_json, is_new=False, accept_numerics=accept_numerics)
 
 
 def _parse_windows(text: str | None) -> dict[str, int]:
@@ -359,8 +412,28 @@ def _read_seed_factors(paths: list[Path]) -> dict[str, tuple[tuple[float, ...], 
     return seeds
 
 
-def _free_name(repository: Repository, base: str) -> str:
+def _check_study_name(study: str | None) -> None:
+    if study is not None and not STUDY_NAME.fullmatch(study):
+        raise LongRopeError(
+            "A study's name is part of its files' names: up to 60 letters, digits and any of . _ - + = @, the first of "
+            f"them a letter or digit, not {study!r}."
+        )
+
+
+def _plain(name: str) -> str:
+    """What of a model's or plan's name can be part of a study's."""
+    return re.sub(r"[^\w.+=@-]+", "-", name).strip("-.")[:30] or "model"
+
+
+def _new_name(repository: Repository, study: str | None, base: str) -> str:
+    """The name asked for, where it is free, or one made from ``base``."""
     taken = {summary.name for summary in repository.studies()}
+    if study is not None:
+        if study in taken:
+            raise LongRopeError(
+                f"There is a study {study!r} already: `longrope resume {study}`, or choose another name."
+            )
+        return study
     names = [base, *(f"{base}-{n}" for n in range(2, len(taken) + 3))]
     return next(name for name in names if name not in taken)
 
@@ -373,16 +446,8 @@ def _run(
     from storage.results import perplexities
 
     console = _console(stderr=as_json)
-    signal.signal(signal.SIGTERM, _stop)  # what a scheduler sends before it kills: stop as cleanly as for Ctrl-C
-    try:
+    with _stoppable(repository, run.name, storage, console):
         finished = run_study(repository, run, console, is_new, accept_numerics)
-    except KeyboardInterrupt:
-        known = run.name in {summary.name for summary in repository.studies()}
-        where = "" if storage == DEFAULT_STORAGE or "@" in storage else f" --storage {storage}"  # no password on screen
-        again = f"what was computed is kept. Go on with: longrope resume {run.name}{where}"
-        advice = again if known else "nothing had begun."
-        console.print(f"\nStopped; {advice}", highlight=False)
-        raise typer.Exit(130) from None
     result = finished.result
     if not as_json:
         console.print(perplexity_table(result, "test"))
@@ -407,6 +472,50 @@ def _run(
             "seconds": round(finished.seconds, 3),
         }
     )
+
+
+def _extend(
+    repository: Repository,
+    extension: Extension,
+    storage: str,
+    as_json: bool,
+    is_new: bool,
+    checkpoint: Path | None = None,
+    accept_numerics: bool = False,
+) -> None:
+    from extensions import extend as run_extension
+    from storage.report import cost_line, extension_table
+
+    console = _console(stderr=as_json)
+    with _stoppable(repository, extension.name, storage, console):
+        extended = run_extension(repository, extension, console, is_new, checkpoint, accept_numerics)
+    if as_json:
+        shown = {key: value for key, value in asdict(extended).items() if key != "factors"}
+        _print_json({"study": extension.name, "factors": extended.factors and str(extended.factors), **shown})
+        return
+    if extended.waits_for is not None:
+        console.print(extended.waits_for, highlight=False, soft_wrap=True)
+        return
+    if extended.result is not None:
+        for table in extension_table(extended.result):
+            console.print(table)
+    console.print(f"{cost_line(repository.cost(extension.name))} {extended.seconds:.0f} s in all.", highlight=False)
+    console.print(f"factors: {extended.factors}", highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _stoppable(repository: Repository, study: str, storage: str, console: Console) -> Iterator[None]:
+    """A block that Ctrl-C, and what a scheduler sends before it kills, stop cleanly, with the way to go on."""
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        yield
+    except KeyboardInterrupt:
+        known = study in {summary.name for summary in repository.studies()}
+        where = "" if storage == DEFAULT_STORAGE or "@" in storage else f" --storage {storage}"  # no password on screen
+        again = f"what was computed is kept. Go on with: longrope resume {study}{where}"
+        advice = again if known else "nothing had begun."
+        console.print(f"\nStopped; {advice}", highlight=False)
+        raise typer.Exit(130) from None
 
 
 def _console(stderr: bool = False) -> Console:
@@ -438,7 +547,35 @@ def evaluate(
     data: Data = None,
     factors: Annotated[Path | None, typer.Option(help="Factor file to show beside the baselines.")] = None,
     lengths: Annotated[str, typer.Option(help="Lengths with commas between: 4096,128k or 1x,2x,8x.")] = "1x,2x,4x,8x",
+    measure: Annotated[
+        str,
+        typer.Option(
+            help="With commas between: perplexity, sliding (also by position, and with attention sinks), passkey, "
+            "key_value, key_value_json, title."
+        ),
+    ] = "perplexity",
     windows: Annotated[int, typer.Option(min=1, help="Windows of a document, at most.")] = 2,
+    stride: Annotated[
+        int | None, typer.Option(min=1, help="Of sliding windows; 256 tokens, below 2,048 an eighth, if not given.")
+    ] = None,
+    attention_factor: Annotated[
+        str, typer.Option(help="What sliding shows all methods under, beside their own: su, yarn, none or a number.")
+    ] = "su",
+    sinks: Annotated[int, typer.Option(min=1, help="First tokens that window attention keeps.")] = 4,
+    cache: Annotated[
+        int | None, typer.Option(min=2, help="Tokens that window attention sees; the trained window if not given.")
+    ] = None,
+    paper_trials: Annotated[
+        bool, typer.Option("--paper-trials", help="32 distances x 10 trials, as Position Interpolation does.")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of the retrieval trials.")] = 0,
+    harness: Annotated[str | None, typer.Option(help="Tasks of lm-evaluation-harness, commas between (extra).")] = None,
+    reports: Annotated[
+        Path | None, typer.Option(help="JSONL of document and summary, for ROUGE as of GovReport (extra).")
+    ] = None,
+    questions: Annotated[
+        Path | None, typer.Option(help="JSONL of question, documents and answers, for question answering.")
+    ] = None,
     text_column: TextColumn = "text",
     workers: Workers = None,
     gpus_per_worker: GpusPerWorker = None,
@@ -455,27 +592,27 @@ def evaluate(
     trust_remote_code: Remote = False,
     as_json: AsJson = False,
 ) -> None:
-    """Perplexity of a model at several lengths: the factors of a file beside every baseline.
+    """Perplexity and retrieval of a model at several lengths: the factors of a file beside every baseline.
 
     Without --data, the reference model's test documents. Example: longrope evaluate --factors my-study-factors.json
     """
+    from evaluations import EvaluationRequest
+    from evaluations import evaluate as run_evaluation
     from searcher.plan import parse_length
     from storage.factor_file import read
-    from storage.report import length_table
-    from workers.corpus import evaluation_windows
-    from workers.evaluate import perplexity_by_length
-    from workers.model import ModelRequest, load_tokenizer, read_original_length, resolve_folder, shipped_factors
+    from storage.report import evaluation_tables
+    from workers.model import ModelRequest, read_original_length, resolve_folder
     from workers.reference import MODEL_DIR
-    from workers.scorer import PoolRequest, open_scorer
+    from workers.scorer import PoolRequest
 
     if model is not None and not data:
         raise LongRopeError("Name text for your model with --data: a file, a folder, a glob, JSONL or parquet.")
     path = str(MODEL_DIR) if model is None else model
-    folder = resolve_folder(path)
+    resolve_folder(path)
     trained = original_length or read_original_length(path, trust_remote_code)
-    wanted = sorted({parse_length(part.strip(), trained) for part in lengths.split(",")})
+    wanted = tuple(sorted({parse_length(part.strip(), trained) for part in lengths.split(",")}))
     file = read(factors) if factors is not None else None
-    request = ModelRequest(
+    model_request = ModelRequest(
         path=path,
         target_length=wanted[-1],
         dtype=dtype,
@@ -488,32 +625,38 @@ def evaluate(
         threads=threads,
         trust_remote_code=trust_remote_code,
     )
-    tokenizer = load_tokenizer(folder, trust_remote_code)
-    by_length = {
-        length: evaluation_windows(tuple(data or ()), text_column, tokenizer, length, windows) for length in wanted
-    }
-    tokens = {w.document.sha256: w.tokens for found in by_length.values() for w in found}
-    documents = {length: [w.document for w in found] for length, found in by_length.items()}
+    request = EvaluationRequest(
+        model=model_request,
+        sources=tuple(data or ()),
+        text_column=text_column,
+        lengths=wanted,
+        measures=tuple(part.strip() for part in measure.split(",")),
+        windows=windows,
+        stride=stride,
+        policy=attention_factor,
+        sinks=sinks,
+        cache=cache,
+        paper=paper_trials,
+        seed=seed,
+        harness=tuple(task.strip() for task in harness.split(",")) if harness else (),
+        reports=reports,
+        questions=questions,
+    )
     pool = None if in_process else PoolRequest(workers, gpus_per_worker, ray_address)
-    with open_scorer(request, tokens, pool) as scorer:
-        regimes = [] if file is None else [(r.min_length, r.max_length, r.factors) for r in file.regimes]
-        spec = scorer.info.spec
-        rows = perplexity_by_length(
-            scorer, documents, regimes, lambda length: shipped_factors(path, spec, length, trust_remote_code)
-        )
-        if file is not None and file.model.weights_sha256 != scorer.info.weights_sha256:
-            _console(stderr=True).print(f"Note: {factors} was searched on other weights ({file.model.name}).")
+    found = run_evaluation(request, file, pool, _console(stderr=True))
     if as_json:
-        sizes = {str(n): {"windows": len(d), "tokens_scored": len(d) * (n - 1)} for n, d in documents.items()}
-        table = {method: {str(n): value for n, value in row.items()} for method, row in rows.items()}
-        _print_json({"model": path, "perplexity": table, "documents": sizes})
+        _print_json(_with_text_keys(found))
         return
     console = _console()
-    console.print(length_table(wanted, rows))
-    if tokenizer.bos_token_id is not None:
-        console.print("Every window begins with BOS, which counts into its length.", highlight=False)
-    for length, found in documents.items():
-        console.print(f"{length}: {len(found)} windows, {len(found) * (length - 1)} tokens scored", highlight=False)
+    for shown in evaluation_tables(found):
+        console.print(shown, highlight=False)
+
+
+def _with_text_keys(value: Any) -> Any:
+    """JSON's objects have keys of text alone; lengths are numbers here."""
+    if isinstance(value, dict):
+        return {str(key): _with_text_keys(inner) for key, inner in value.items()}
+    return [_with_text_keys(inner) for inner in value] if isinstance(value, list) else value
 
 
 @app.command()
@@ -621,13 +764,16 @@ def studies(context: typer.Context, storage: Storage = DEFAULT_STORAGE, as_json:
 
     summaries = Repository(storage, create=False).studies()
     if as_json:
-        _print_json(
-            [{**asdict(s), "created_at": str(s.created_at), "updated_at": str(s.updated_at)} for s in summaries]
-        )
+        _print_json([_dated(asdict(summary), "created_at", "updated_at") for summary in summaries])
     elif summaries:
         _console().print(studies_table(summaries))
     else:
         _console().print("No studies in this store yet; `longrope launch` starts one.", highlight=False)
+
+
+def _dated(row: dict[str, Any], *names: str) -> dict[str, Any]:
+    """The row with its moments as text."""
+    return row | {name: None if row[name] is None else str(row[name]) for name in names}
 
 
 @studies_app.command("show")
@@ -640,12 +786,12 @@ def show_study(
 
     Example: longrope studies show my-study --json
     """
-    from storage.report import pareto_table, perplexity_table, progress_table
+    from storage.report import extension_table, pareto_table, perplexity_table, progress_table, stages_table
     from storage.repository import Repository
 
     repository = Repository(storage, create=False)
     record = repository.study(study)
-    rows = repository.generations(study)
+    rows, stages = repository.generations(study), repository.stages(study)
     if as_json:
         shown = {key: value for key, value in asdict(record).items() if key not in ("created_at", "updated_at")}
         _print_json(
@@ -653,14 +799,19 @@ def show_study(
                 **shown,
                 "candidates": len(rows),
                 "cost": asdict(repository.cost(study)),
+                "stages": [_dated(asdict(stage), "started_at", "finished_at") for stage in stages],
                 "failures": [row.failure for row in rows if row.failure],
             }
         )
         return
     console = _console()
     console.print(f"{study}: {record.status}, {record.settings['model']['path']}", highlight=False, soft_wrap=True)
+    if stages:
+        console.print(stages_table(stages))
+        for table in extension_table((record.result or {}).get("evaluation") or {"lengths": [], "rows": {}}):
+            console.print(table)
     console.print(progress_table(rows, repository.cost(study)))
-    if record.result is not None:
+    if record.result is not None and not stages:
         for part in record.result["scores"]:
             console.print(perplexity_table(record.result, part))
         if record.result.get("pareto"):

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from rich.table import Table
 
+from searcher.extension import ExtensionPlan
+from searcher.regimes import StageCost
 from searcher.study import REFINE, Score
 from storage.cost import Cost
 from storage.progress import ScoredCandidate, StudySummary
 from storage.results import Result, factors_of, pareto_front, perplexities, scores
+from storage.stages import StageRecord
 
 METHOD_NAMES = {
     "none": "none (extrapolate)",
@@ -21,8 +25,15 @@ METHOD_NAMES = {
     "dynamic_ntk": "dynamic NTK",
     "abf": "ABF, base x 50",
     "yarn": "YaRN",
+    "attention_sinks": "attention sinks (StreamingLLM)",
     "searched": "searched",
     "searched_n_hat_0": "searched, n_hat = 0",
+}
+# Part of an evaluation -> the title of its table.
+RETRIEVAL = {
+    "passkey": "Passkey: right of all trials",
+    "key_value": "Key-value retrieval: right of all trials",
+    "key_value_json": "Key-value retrieval from a JSON object: right of all trials",
 }
 
 
@@ -65,17 +76,165 @@ def length_table(lengths: Sequence[int], rows: Mapping[str, Mapping[int, float]]
     return table
 
 
+def plan_table(plan: ExtensionPlan, costs: Sequence[StageCost]) -> Table:
+    """One row a stage of an extension: what it works on, and about what it costs."""
+    title = f"{plan.name}: about what each stage costs (a gradient step as 3 forwards, a tuned chunk as 4)"
+    table = Table(title=title, title_justify="left")
+    for column in ("stage", "kind", "tokens", "model", "factors", "forwards", "tokens in all"):
+        table.add_column(column, justify="right" if "tokens" in column or column == "forwards" else "left")
+    for stage, cost in zip(plan.stages, costs, strict=True):
+        factors = stage.factors or ""
+        table.add_row(
+            *(stage.name, stage.kind + (", outside" if stage.outside else ""), f"{cost.length:,}", stage.model),
+            *(METHOD_NAMES.get(factors, factors), f"{cost.forwards:,}", f"{cost.tokens:.2e}"),
+        )
+    return table
+
+
+def stages_table(stages: Sequence[StageRecord]) -> Table:
+    """One row a stage of an extension: how far it is, and when it ran."""
+    table = Table(title="Stages", title_justify="left")
+    for column in ("stage", "name", "kind", "status", "begun (UTC)", "finished (UTC)"):
+        table.add_column(column)
+    for s in stages:
+        moments = [f"{moment:%Y-%m-%d %H:%M}" if moment else "" for moment in (s.started_at, s.finished_at)]
+        table.add_row(str(s.stage + 1), str(s.settings.get("name", "")), s.kind, s.status, *moments)
+    return table
+
+
+def extension_table(result: Mapping[str, Any]) -> list[Table]:
+    """The papers' tables of an extension: perplexity by length, and what retrieval got right of its trials."""
+    lengths = [str(length) for length in result["lengths"]]
+    tables = []
+    for part, title in {"test": "Perplexity on the test documents", **RETRIEVAL}.items():
+        rows = {
+            name: {length: cells[length][part] for length in lengths if part in cells.get(length, {})}
+            for name, cells in result["rows"].items()
+        }
+        if any(rows.values()):
+            show = _test_perplexity if part == "test" else _right
+            tables.append(_by_length(title, lengths, rows, show))
+    return tables
+
+
+def evaluation_tables(found: Mapping[str, Any]) -> list[Table | str]:
+    """The tables of ``longrope evaluate``, in the order of what can be asked for, and what they were measured on."""
+    lengths = found["lengths"]
+    shown: list[Table | str] = []
+    if "perplexity" in found:
+        shown.append(length_table(lengths, found["perplexity"]))
+        shown.append("Every window begins with BOS where the tokenizer has one, which counts into its length.")
+        for length, size in found["documents"].items():
+            shown.append(f"{length}: {size['windows']} windows, {size['tokens_scored']} tokens scored")
+    rows = found.get("sliding", [])
+    for attention in dict.fromkeys(row["attention"] for row in rows):
+        for kind in ("single", "sliding"):
+            shown.append(_window_table([row for row in rows if row["attention"] == attention], kind, lengths))
+        shown += _position_tables([row for row in rows if row["attention"] == attention], lengths)
+    for kind, title in RETRIEVAL.items():
+        if kind in found:
+            shown.append(_by_length(title, lengths, found[kind], _right))
+            shown.append(_by_length(f"{title.split(':')[0]}: 95% interval, k_max", lengths, found[kind], _interval))
+        if f"{kind}_with_sinks" in found:
+            row = {"attention_sinks": found[f"{kind}_with_sinks"]}
+            shown.append(_by_length(f"{title}, window attention with sinks", lengths, row, _right))
+    titles = {
+        "title": ("Titles that were named", lambda cell: f"{cell['right']}/{cell['trials']}"),
+        "reports": ("ROUGE-L of summaries", lambda cell: f"{cell['rouge']['rougeL']:.2f}"),
+        "questions": ("Questions answered", lambda cell: f"{cell['right']}/{cell['asked']}"),
+        "harness": ("lm-evaluation-harness", lambda cell: str(cell["results"])),
+    }
+    shown += [_by_length(title, lengths, found[k], show) for k, (title, show) in titles.items() if k in found]
+    return shown
+
+
+def _by_length(
+    title: str,
+    lengths: Sequence[Any],
+    rows: Mapping[str, Mapping[Any, Any]],
+    show: Callable[[Mapping[str, Any]], str],
+) -> Table:
+    """A row a method, a column a length."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("method")
+    for length in lengths:
+        table.add_column(f"{int(length):,}", justify="right")
+    for name, cells in rows.items():
+        shown = [show(cells[length]) if length in cells else "-" for length in lengths]
+        table.add_row(METHOD_NAMES.get(name, name), *shown, style="bold" if name == "longrope" else None)
+    return table
+
+
+def _window_table(rows: Sequence[Mapping[str, Any]], kind: str, lengths: Sequence[int]) -> Table:
+    """Perplexity by single or by sliding window, of rows under one attention factor."""
+    attention = rows[0]["attention"]
+    under = "its own attention factor" if attention == "own" else f"attention factor {attention}"
+    cells: dict[str, dict[int, Mapping[str, Any]]] = {}
+    for row in rows:
+        cells.setdefault(row["method"], {})[row["length"]] = row
+    strides = ", ".join(str(row["stride"]) for row in {row["length"]: row for row in rows}.values())
+    how = "single windows" if kind == "single" else f"sliding windows, stride {strides}"
+    return _by_length(
+        f"Perplexity, {how}, each method under {under}", lengths, cells, lambda row: _window_cell(row, kind)
+    )
+
+
+def _window_cell(row: Mapping[str, Any], kind: str) -> str:
+    if row["failure"] or row[kind] is None:
+        return "failed" if row["failure"] else "-"
+    value = row[kind]["perplexity"]
+    return "inf" if value is None else f"{value:.4f}"
+
+
+def _position_tables(rows: Sequence[Mapping[str, Any]], lengths: Sequence[int]) -> list[Table]:
+    """By length: perplexity by position in the window."""
+    tables = []
+    for length in lengths:
+        here = [row for row in rows if row["length"] == length and row["positions"]]
+        if not here:
+            continue
+        table = Table(title=f"Perplexity by position in windows of {length:,} tokens", title_justify="left")
+        table.add_column("method")
+        for bucket in here[0]["positions"]:
+            table.add_column(f"{bucket['start']}-{bucket['end'] - 1}", justify="right")
+        for row in here:
+            table.add_row(METHOD_NAMES.get(row["method"], row["method"]), *map(_test_perplexity, row["positions"]))
+        tables.append(table)
+    return tables
+
+
+def _test_perplexity(cell: Mapping[str, Any]) -> str:
+    loss = math.inf if cell["nll"] is None or not cell["tokens"] else cell["nll"] / cell["tokens"]
+    return f"{math.exp(loss):.3f}" if loss < 700 else "inf"
+
+
+def _whole(cell: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The row of all depths together."""
+    return next((row for row in cell["by_depth"] if row["depth"] is None), None)
+
+
+def _right(cell: Mapping[str, Any]) -> str:
+    whole = _whole(cell)
+    return "-" if whole is None else f"{whole['right']}/{whole['trials']}"
+
+
+def _interval(cell: Mapping[str, Any]) -> str:
+    whole = _whole(cell)
+    return "-" if whole is None else f"{whole['low']:.0%}-{whole['high']:.0%}, {cell['k_max']}"
+
+
 def studies_table(summaries: Sequence[StudySummary]) -> Table:
     """One row a study; evaluations out of those that are still wanted, which those of candidates raced out are not."""
     table = Table()
-    names = ("study", "kind", "status", "candidates", "evaluations", "failed", "raced out", "changed (UTC)")
-    for column in names:
-        table.add_column(column, justify="left" if column in ("study", "kind", "status") else "right")
+    words = ("study", "kind", "status", "stage")
+    for column in (*words, "candidates", "evaluations", "failed", "raced out", "changed (UTC)"):
+        table.add_column(column, justify="left" if column in words else "right")
     for s in summaries:
         table.add_row(
             s.name,
             s.kind,
             s.status,
+            "" if s.stage is None else f"{s.stage.stage + 1} of {s.stage.stages}: {s.stage.kind}, {s.stage.status}",
             str(s.candidates),
             f"{s.done}/{s.units - s.skipped}",
             str(s.failed),
@@ -93,20 +252,25 @@ def progress_table(rows: Sequence[ScoredCandidate], cost: Cost | None = None) ->
     """
     caption = None if cost is None else cost_line(cost)
     table = Table(title="Generations", title_justify="left", caption=caption, caption_justify="left")
-    for column in ("part", "generation", "candidates", "failed", "raced out", "best", "median", "best n_hat", "origin"):
+    staged = any(row.stage for row in rows)
+    columns = ("part", "generation", "candidates", "failed", "raced out", "best", "median", "best n_hat", "origin")
+    for column in ("stage", *columns) if staged else columns:
         table.add_column(column, justify="left" if column in ("part", "origin") else "right")
     groups: dict[tuple[int, str, int | tuple[int, str]], list[ScoredCandidate]] = {}
     for row in rows:
         line = (row.child, row.origin) if row.part == REFINE else row.generation
         groups.setdefault((row.stage, row.part, line), []).append(row)
-    for (_, part, _), members in groups.items():
+    for (stage, part, _), members in groups.items():
+        place = [str(stage + 1)] if staged else []
         failed = str(sum(m.failure is not None for m in members))
         first, last = members[0], members[-1]
         if part == REFINE:
             steps = f"{first.generation}-{last.generation}"
-            table.add_row(part, steps, f"{len(members)} steps", failed, "", *_descent(members))
+            table.add_row(*place, part, steps, f"{len(members)} steps", failed, "", *_descent(members))
             continue
-        table.add_row(part, str(first.generation), str(len(members)), failed, _raced_out(members), *_best(members))
+        table.add_row(
+            *place, part, str(first.generation), str(len(members)), failed, _raced_out(members), *_best(members)
+        )
     return table
 
 

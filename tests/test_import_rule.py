@@ -13,8 +13,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("searcher", "workers", "storage")
-TOP = ("cli", "runs")  # what sits above the rooms
-RAY_FILES = ("workers/actor.py", "workers/pool.py")
+TOP = ("cli", "runs", "extensions", "evaluations")  # what sits above the rooms
+RAY_FILES = ("workers/actor.py", "workers/pool.py", "workers/train_cluster.py")
 FORBIDDEN = {
     "workers": {"storage", *TOP},
     "storage": {"workers", "torch", "transformers", *TOP},

@@ -26,7 +26,7 @@ from workers.dataset import (
     window_starts,
 )
 from workers.needles import plant
-from workers.reference import held_out_documents
+from workers.reference import held_out_documents, library_files
 from workers.sources import HUB_NAME, read_texts
 
 # The reference documents are few and named. Sized so that the default search ends within minutes on two cores.
@@ -50,6 +50,7 @@ class CorpusRequest:
         ``windows["refine"]``: further windows of each search document, for gradient refinement.
     seed: of the deal, and of the needles.
     needles: planted in each window of the search, refine and selection sets, and alone scored there; 0 for plain text.
+    dealt: by part, the SHA-256 of its documents' texts, where they were dealt before: see ``deal``. Empty: by ``seed``.
     """
 
     sources: tuple[str, ...] = ()
@@ -60,6 +61,7 @@ class CorpusRequest:
     windows: Mapping[str, int] = field(default_factory=dict)
     seed: int = 0
     needles: int = 0
+    dealt: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, number in (("needles", self.needles), ("further windows to refine on", self.further)):
@@ -80,8 +82,9 @@ class CorpusRequest:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> CorpusRequest:
-        """The inverse of ``to_json``, also of what was stored before there were needles."""
-        values = {f.name: data[f.name] for f in fields(cls) if f.name in data or f.name != "needles"}
+        """The inverse of ``to_json``, also of what was stored before there were needles, or deals for many lengths."""
+        values = {f.name: data[f.name] for f in fields(cls) if f.name in data or f.name not in ("needles", "dealt")}
+        values["dealt"] = {part: tuple(texts) for part, texts in data.get("dealt", {}).items()}
         for name in ("sources", "selection", "test"):
             values[name] = tuple(values[name])
         return cls(**values)
@@ -152,7 +155,23 @@ def _deal(request: CorpusRequest, tokenizer: Any, length: int) -> tuple[Document
         by_part = {part: tokens(sources) for part, sources in named}
         return named_sets(by_part, length, request.named_quotas(by_part, length, bos), bos), by_part["search"]
     documents = tokens(request.sources)
+    if request.dealt:
+        by_part = {part: [d for d in documents if d.sha256 in request.dealt[part]] for part in PARTS}
+        return named_sets(by_part, length, request.named_quotas(by_part, length, bos), bos), by_part["search"]
     return draw_sets(documents, length, request.quotas(), request.seed, bos), documents
+
+
+def deal(request: CorpusRequest, tokenizer: Any, longest: int) -> CorpusRequest:
+    """The request with its documents dealt once, for windows of any length up to ``longest``.
+
+    Which documents are long enough depends on the length, so a deal at each would let one be searched on here and
+    tested on there. Where the sets are named there is nothing to deal.
+    """
+    if not request.sources or request.selection:
+        return request
+    sets = load_corpus(request, tokenizer, longest)
+    dealt = {part: tuple(dict.fromkeys(window.source for window in sets.windows[part])) for part in PARTS}
+    return replace(request, dealt=dealt)
 
 
 def study_windows(
@@ -223,10 +242,25 @@ def evaluation_windows(
     sources: tuple[str, ...], text_column: str, tokenizer: Any, length: int, windows: int
 ) -> tuple[Window, ...]:
     """Windows of one length from every document that is long enough; the reference test documents if none is named."""
-    paths = sources or tuple(str(path) for path in held_out_documents()["test"])
-    documents = tokenise(read_texts(paths, text_column), tokenizer, default_cache_dir())
+    documents = evaluation_documents(sources, text_column, tokenizer)
     sets = named_sets({"test": documents}, length, {"test": Quota(None, windows)}, tokenizer.bos_token_id)
     return sets.windows["test"]
+
+
+def evaluation_documents(sources: tuple[str, ...], text_column: str, tokenizer: Any) -> list[TokenisedDocument]:
+    """Every document of the sources; the reference test documents if none is named."""
+    return tokenise(read_texts(sources or reference_test_paths(), text_column), tokenizer, default_cache_dir())
+
+
+def reference_test_paths() -> tuple[str, ...]:
+    """Where the reference test documents are."""
+    return tuple(str(path) for path in held_out_documents()["test"])
+
+
+def training_documents(sources: tuple[str, ...], text_column: str, tokenizer: Any) -> list[TokenisedDocument]:
+    """What a fine-tuning reads: ``sources``, or modules that the reference model was trained on if none is named."""
+    paths = sources or tuple(str(path) for path in library_files())
+    return tokenise(read_texts(paths, text_column), tokenizer, default_cache_dir())
 
 
 def _starts(windows: Sequence[Window], tokenizer: Any, original_length: int) -> tuple[Window, ...]:
