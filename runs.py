@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +16,7 @@ from searcher.errors import LongRopeError
 from searcher.plan import SearchSettings, cut_seeds, search_plan
 from searcher.search import SearchPlan, run_search
 from searcher.space import GRID
+from searcher.study import Document, Store
 from storage.factor_file import FactorFile, ModelIdentity, write
 from storage.live import Watcher
 from storage.repository import Repository
@@ -26,6 +27,8 @@ from workers.scorer import PoolRequest, open_scorer
 
 if TYPE_CHECKING:
     from workers.dataset import DocumentSets
+    from workers.pool import RayScorer
+    from workers.scorer import LocalScorer
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ def run(repository: Repository, run: Run, console: Console, is_new: bool, accept
     with open_scorer(run.model, tokens, run.pool) as scorer:
         plan = search_plan(run.search, scorer.info.spec, scorer.info.shipped)
         if is_new:
-            identity = asdict(_identity(run.model, scorer.info))
+            identity = asdict(identity_of(run.model, scorer.info))
             # With the chunk that fitted here, so that a resume asks for the same.
             chunk = scorer.info.profile["chunk"]
             settled = replace(run, model=replace(run.model, chunk=chunk if isinstance(chunk, int) else None))
@@ -111,17 +114,28 @@ def run(repository: Repository, run: Run, console: Console, is_new: bool, accept
             if record.profile is None:
                 store.set_profile(scorer.info.profile)
             _introduce(console, run, scorer.info, sets, plan)
-            evaluations = plan.most_evaluations(len(documents["search"]))
-            with Watcher(console, evaluations, (plan.sampler or plan.evolution).generations) as watcher:
-                found = run_search(plan, documents, scorer, store, watcher)
-            sizes = {part: (len(windows), windows[0].length) for part, windows in documents.items()}
-            result = result_json(plan, found, sizes, _computed_by(scorer.info))
+            result = search(plan, documents, scorer, store, console)
             path = run.out / f"{run.name}-factors.json"
             # The file first: a study that is marked finished has left its file.
             write(path, study_factor_file(run.name, record.settings, result))
             store.finish(result)
-            console.print(watcher.summary(), highlight=False)
     return Finished(result, path, time.monotonic() - started)
+
+
+def search(
+    plan: SearchPlan,
+    documents: Mapping[str, Sequence[Document]],
+    scorer: LocalScorer | RayScorer,
+    store: Store,
+    console: Console,
+) -> Result:
+    """One search stage to its end, watched; what it found as plain values."""
+    evaluations = plan.most_evaluations(len(documents["search"]))
+    with Watcher(console, evaluations, (plan.sampler or plan.evolution).generations) as watcher:
+        found = run_search(plan, documents, scorer, store, watcher)
+    console.print(watcher.summary(), highlight=False)
+    sizes = {part: (len(windows), windows[0].length) for part, windows in documents.items()}
+    return result_json(plan, found, sizes, computed_by(scorer.info))
 
 
 def _refuse_changes(
@@ -154,7 +168,7 @@ def _refuse_changes(
         )
 
 
-def _identity(request: ModelRequest, info: ModelInfo) -> ModelIdentity:
+def identity_of(request: ModelRequest, info: ModelInfo) -> ModelIdentity:
     shipped = None
     if info.shipped is not None:
         shipped = {"rope_type": info.shipped[0], "attention_factor": info.shipped[1].attention_factor}
@@ -172,7 +186,7 @@ def _identity(request: ModelRequest, info: ModelInfo) -> ModelIdentity:
     )
 
 
-def _computed_by(info: ModelInfo) -> dict[str, object]:
+def computed_by(info: ModelInfo) -> dict[str, object]:
     """What a factor file says of how its scores were computed: nothing that names the machine."""
     kernels = ("dtype", "attention", "sliding_window")
     return {

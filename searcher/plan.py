@@ -130,6 +130,63 @@ def overridden(settings: Any, overrides: Mapping[str, object | None]) -> Any:
     return replace(settings, **{key: value for key, value in overrides.items() if value is not None})
 
 
+def settled(
+    name: str,
+    sampler: str | None,
+    evolution: Mapping[str, Any],
+    refinement: Mapping[str, Any],
+    racing: bool | None,
+    caution: float | None,
+    finalists: int | None,
+    **others: Any,
+) -> SearchSettings:
+    """A preset with what its user says otherwise; None leaves a field as the preset has it.
+
+    Parameters
+    ----------
+    name: of the preset.
+    sampler: name of one that proposes in evolution's place.
+    evolution, refinement: overrides by field.
+    racing: whether to race; ``caution`` as in ``Racing``.
+    others: fields of ``SearchSettings`` that presets leave open.
+
+    Raises
+    ------
+    LongRopeError
+        Settings that exclude each other, or have nothing to settle.
+    """
+    # A sampler takes the counts of evolution in its place, and the default preset has little of that.
+    chosen = preset("quick" if sampler is not None and name == DEFAULT_PRESET else name)
+    evolved = overridden(chosen.evolution, evolution)
+    refined, raced, proposer = chosen.refinement, chosen.racing, None
+    if sampler is not None:
+        batch = evolved.mutants + evolved.crosses
+        proposer = Sampler(sampler, evolved.population, batch, evolved.generations)
+        refined, raced = None, None
+    asked = {key for key, value in refinement.items() if value is not None}
+    if asked:
+        refined = overridden(refined or Refinement(legs=int(sampler is None and "final_legs" not in asked)), refinement)
+        if not refined.gradients and asked - {"legs", "final_legs"}:
+            raise LongRopeError(
+                f"{', '.join(sorted(asked - {'legs', 'final_legs'}))} are of a refinement, and this search has none; "
+                "give --refine-legs, or with a sampler --refine-final-legs."
+            )
+    if racing is False and caution is not None:
+        raise LongRopeError("--racing-caution is of racing, which --no-racing leaves out; give one of them.")
+    if racing is not None or caution is not None:
+        raced = None if racing is False else overridden(raced or Racing(), {"caution": caution})
+    return SearchSettings(
+        preset=name,
+        evolution=evolved,
+        refinement=refined,
+        racing=raced,
+        sampler=proposer,
+        finalists=finalists or chosen.finalists,
+        all_seeds_final=chosen.all_seeds_final,
+        **others,
+    )
+
+
 def cut_seeds(plan: SearchPlan) -> list[str]:
     """Names of the seeds that reach beyond the space's upper bound, and were cut to it."""
     return [name for name, factors in plan.seeds.items() if max(factors.by_layer()[0]) * GRID > plan.space.upper + 0.5]

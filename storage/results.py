@@ -128,7 +128,7 @@ def factor_file(
     factors = factors_of(result, method)
     alternative = None
     if method == "searched" and factors.n_hat > 0 and WITHOUT_N_HAT in result["factors"]:
-        alternative = WithoutNHat(factors_of(result, WITHOUT_N_HAT), _regime_scores(result, WITHOUT_N_HAT))
+        alternative = WithoutNHat(factors_of(result, WITHOUT_N_HAT), regime_scores(result, WITHOUT_N_HAT))
     # A baseline's own attention factor, or one that was learnt, is a number here, not the study's policy.
     is_study = method == "searched" and factors.attention_factor == result["attention_factor"]
     policy = settings.attention if is_study else repr(factors.attention_factor)
@@ -137,13 +137,14 @@ def factor_file(
         max_length=settings.target_length,
         factors=factors,
         attention_policy=policy,
-        scores=_regime_scores(result, method),
+        scores=regime_scores(result, method),
         without_n_hat=alternative,
     )
     return FactorFile(model, (regime,), provenance)
 
 
-def _regime_scores(result: Result, method: str) -> dict[str, RegimeScore]:
+def regime_scores(result: Result, method: str) -> dict[str, RegimeScore]:
+    """Part -> what a factor file says of a method's score there; parts that it failed on are left out."""
     found = {}
     for part in result["scores"]:
         score = scores(result, part).get(method)

@@ -6,6 +6,7 @@ milliseconds, not the seconds that torch and transformers take to import.
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 import os
 import signal
@@ -66,9 +67,9 @@ class Ended:
 
 
 class Study:
-    """One study in a fresh database, over as many drivers as it takes."""
+    """One study in a fresh database, over as many drivers as it takes: a search, or the extension of a plan file."""
 
-    def __init__(self, folder: Path, model: Path, text: Path, *more: str) -> None:
+    def __init__(self, folder: Path, model: Path, text: Path, *more: str, plan: Path | None = None) -> None:
         folder.mkdir()
         self.folder = folder
         self.database = folder / "store.db"
@@ -79,7 +80,9 @@ class Study:
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(Path(__file__).parent),  # for Ray's workers, which meet _arrive
         }
-        self._launch = [f"--model={model}", f"--data={text}", *SMALL_SEARCH.split(), *more]
+        self._begin = ["launch"] if plan is None else ["extend", str(plan)]
+        settings = SMALL_SEARCH.split() if plan is None else []
+        self._launch = [f"--model={model}", f"--data={text}", *settings, *more]
         self._drivers = 0
 
     @property
@@ -87,10 +90,10 @@ class Study:
         return f"sqlite:///{self.database}"
 
     def next_command(self) -> list[str]:
-        """What a user would type: ``resume`` where there is such a study, else ``launch``."""
+        """What a user would type: ``resume`` where there is such a study, else ``launch`` or ``extend``."""
         if self.status() is not None:
             return ["resume", NAME, f"--storage={self.url}"]
-        return ["launch", f"--study={NAME}", f"--storage={self.url}", f"--out={self.folder}", *self._launch]
+        return [*self._begin, f"--study={NAME}", f"--storage={self.url}", f"--out={self.folder}", *self._launch]
 
     def start(self, moment: Moment | None = None) -> tuple[Any, Path]:
         """A driver, and the path of its log without its suffix."""
@@ -157,6 +160,14 @@ class Study:
             ),
             "study": self._rows("SELECT name, kind, profile, status, result FROM longrope_studies"),
             "factors": self.factors.read_bytes() if self.factors.exists() else None,
+            "stages": self._rows(
+                "SELECT stage, kind, settings, profile, status, result FROM longrope_stages ORDER BY stage"
+            ),
+            "training": self._rows("SELECT stage, step, name, value FROM longrope_training_logs ORDER BY 1, 2, 3"),
+            "weights": {
+                str(path.relative_to(self.folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+                for path in sorted(self.folder.glob(f"{NAME}/**/*.safetensors"))
+            },
         }
 
     def orphans(self) -> list[tuple[Any, ...]]:
@@ -214,7 +225,7 @@ class _Announcing(Document):
     label: str = ""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        document = Document(self.name, self.sha256, self.length, self.spans)
+        document = Document(self.name, self.sha256, self.length, self.spans, self.greedy)
         return _arrive, (self.log, f"scoring {self.label}", document)
 
 
@@ -265,6 +276,7 @@ def _install(reached: _Probe) -> None:
     """
     from sqlalchemy import Engine, event
 
+    import extensions
     import runs
     import searcher.racing
     import searcher.search
@@ -283,12 +295,18 @@ def _install(reached: _Probe) -> None:
     def committing(_connection: Any) -> None:
         reached(f"committing {last}")
 
-    replace_file = Path.replace
+    replace_file, rename = Path.replace, Path.rename
 
     def replacing(self: Path, target: Path) -> Path:
         reached(f"replacing {Path(target).name}")
         result = replace_file(self, target)
         reached(f"replaced {Path(target).name}")
+        return result
+
+    def renaming(self: Path, target: Path) -> Path:
+        reached(f"renaming {Path(target).name}")
+        result = rename(self, target)
+        reached(f"renamed {Path(target).name}")
         return result
 
     score_generation, score_gradients = searcher.search.score_generation, searcher.search.score_gradients
@@ -326,7 +344,7 @@ def _install(reached: _Probe) -> None:
 
     def announced(unit: Any) -> Any:
         document = unit.document
-        there = (document.name, document.sha256, document.length, document.spans)
+        there = (document.name, document.sha256, document.length, document.spans, document.greedy)
         return replace(unit, document=_Announcing(*there, log=reached.log, label=f"{place} {unit.key}"))
 
     def evaluating(evaluate: Any, units: Any, spare: Any = ()) -> Iterator[Any]:
@@ -336,6 +354,8 @@ def _install(reached: _Probe) -> None:
 
     patched: list[tuple[Any, str, Any]] = [
         (Path, "replace", replacing),
+        (Path, "rename", renaming),
+        (extensions, "score_generation", at_its_place(score_generation)),
         (searcher.search, "score_generation", at_its_place(score_generation)),
         (searcher.search, "score_gradients", at_its_place(score_gradients)),
         *((race, "kept", announcing(race.kept)) for race in (searcher.racing.Race, searcher.racing.Cut)),

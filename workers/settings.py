@@ -127,6 +127,11 @@ def settle_device(device: str) -> torch.device:
     return chosen
 
 
+def gpu_count() -> int:
+    """GPUs of this machine."""
+    return torch.cuda.device_count()
+
+
 def device_name(device: torch.device) -> str:
     """What decides the last bits of a score: the card, or the processor with its vector width."""
     if device.type == "cuda":

@@ -1,0 +1,152 @@
+"""Which factors serve which length: the regimes of an extended model, and the rows of its evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from searcher.baselines import BASELINES
+from searcher.extension import BASE, FINETUNE, RECOVER, SEARCH, Evaluation, ExtensionPlan
+from searcher.rope import Factors, RopeSpec
+from searcher.second import stage_plan, tuning_factors
+
+
+@dataclass(frozen=True)
+class Place:
+    """Up to which length which factors serve.
+
+    Attributes
+    ----------
+    longest: in tokens, included.
+    source: a stage's name, or a baseline's.
+    """
+
+    longest: int
+    source: str
+    factors: Factors
+
+
+def regimes(plan: ExtensionPlan, found: Mapping[str, Factors], kept: Sequence[str]) -> list[Place]:
+    """The regimes of the extended model, ascending: recovered lengths, the tuned length, the searches beyond it.
+
+    Parameters
+    ----------
+    found: stage -> factors.
+    kept: the recoveries that won on their selection documents.
+    """
+    model = plan.final_model()
+    by_length: dict[int, str] = {}
+    if model != BASE:
+        last = plan.stage(model)
+        by_length[last.length] = str(last.factors)
+    for stage in plan.of_kind(SEARCH):
+        if stage.model == model and stage.name in found:
+            by_length[stage.length] = stage.name
+    for stage in plan.of_kind(RECOVER):
+        if stage.model == model and stage.name in kept and stage.name in found:
+            by_length[stage.length] = stage.name
+    return [Place(length, by_length[length], found[by_length[length]]) for length in sorted(by_length)]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the evaluation: a model, and the factors it is under at each length.
+
+    Attributes
+    ----------
+    name: of the row.
+    model: ``base`` or a fine-tuning stage.
+    factors: length -> factors; None where the row has none for it.
+    """
+
+    name: str
+    model: str
+    factors: Mapping[int, Factors | None]
+
+
+def rows(
+    plan: ExtensionPlan, evaluation: Evaluation, spec: RopeSpec, found: Mapping[str, Factors], kept: Sequence[str]
+) -> list[Row]:
+    """The papers' table: baselines and LongRoPE untuned; every tuned line; the extension without and with recovery.
+
+    An untuned baseline is scaled to each length. A tuned line keeps what it was tuned at up to its length, and beyond
+    it is scaled to the length, as the extension is by its last search.
+    """
+    lengths = evaluation.lengths
+    table = []
+    for name in evaluation.baselines:
+        make = BASELINES[name]
+        table.append(Row(name, BASE, {n: make(spec, max(1.0, spec.scale(n))) for n in lengths}))
+    untuned = [
+        Place(stage.length, stage.name, found[stage.name])
+        for stage in sorted(plan.of_kind(SEARCH), key=lambda stage: stage.length)
+        if stage.model == BASE and stage.name in found
+    ]
+    ones = Factors((1.0,) * spec.pairs)
+    if untuned:
+        by_length = {n: ones if n <= spec.original_length else serving(untuned, n) for n in lengths}
+        table.append(Row("longrope, not tuned", BASE, by_length))
+    for line in plan.lines()[1:]:
+        last = plan.stage(plan.final_model(line))
+        fixed, make = tuning_factors(last, spec, found), BASELINES[line]
+        beyond = {n: fixed if n <= last.length else make(spec, spec.scale(n)) for n in lengths}
+        table.append(Row(f"{line}, tuned", last.name, beyond))
+    model = plan.final_model()
+    if model != BASE:
+        without = regimes(plan, found, ())
+        table.append(Row("longrope, without recovery", model, {n: serving(without, n) for n in lengths}))
+        served = regimes(plan, found, kept)
+        table.append(Row("longrope", model, {n: serving(served, n) for n in lengths}))
+    return table
+
+
+def serving(places: Sequence[Place], length: int) -> Factors | None:
+    """The factors of the first regime that reaches the length; None where none does."""
+    return next((place.factors for place in places if length <= place.longest), None)
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """About what a stage costs.
+
+    Attributes
+    ----------
+    forwards: of one document of ``length`` tokens, a gradient step counted as three.
+    length: in tokens.
+    """
+
+    name: str
+    kind: str
+    forwards: int
+    length: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that go through the model."""
+        return self.forwards * self.length
+
+
+def costs(plan: ExtensionPlan, spec: RopeSpec, test_windows: int = 16) -> list[StageCost]:
+    """About what every stage costs, before it has run; a token costs more the longer its window is."""
+    placeholder = {stage.name: Factors((2.0,) * spec.pairs) for stage in plan.stages if stage.kind in (SEARCH, RECOVER)}
+    found = []
+    for number, stage in enumerate(plan.stages):
+        if stage.kind in (SEARCH, RECOVER):
+            search = stage_plan(plan, number, spec, None, placeholder)
+            documents = stage.documents.get("search", 5) * stage.windows.get("search", 1)
+            forwards = search.most_evaluations(documents)
+            forwards += 2 * (0 if search.refinement is None else search.refinement.gradients)
+            found.append(StageCost(stage.name, stage.kind, forwards, stage.length))
+        elif stage.kind == FINETUNE:
+            # Forward again for checkpointing, and backward as two forwards.
+            chunks = stage.tuning.steps * stage.tuning.batch
+            found.append(StageCost(stage.name, stage.kind, 4 * chunks, stage.tuning.length))
+        else:
+            asked = stage.evaluation
+            trials = asked.passkey_depths * asked.passkey_trials + 3 * asked.key_value_trials
+            count = len(rows(plan, asked, spec, placeholder, ())) * (test_windows + trials)
+            # In windows of the longest length: every shorter one costs its share of the tokens.
+            found.append(
+                StageCost(stage.name, stage.kind, round(count * sum(asked.lengths) / stage.length), stage.length)
+            )
+    return found

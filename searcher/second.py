@@ -1,0 +1,111 @@
+"""Searches on an extended model: seeds from what it was tuned at, and the recovery of short lengths (LongRoPE, 3.3)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+from searcher.baselines import BASELINES
+from searcher.extension import RECOVER, SEARCH, ExtensionPlan, Stage
+from searcher.plan import SearchSettings, search_plan
+from searcher.rope import Factors, RopeSpec, attention_factor
+from searcher.search import SearchPlan
+from searcher.space import GRID, SearchSpace
+
+TUNED = "tuned"  # the name of the tuned factors among seeds and rows
+# What a smaller bound is searched from beside the tuned factors themselves: lambda^c keeps 1 and the order.
+SCALED_DOWN = (0.75, 0.5, 0.25)
+
+
+def rescaled_seeds(factors: Factors, length: int, target: int) -> dict[str, tuple[tuple[float, ...], int]]:
+    """Factors found at one length as seeds for a longer one: as they are, times the ratio, and to a power.
+
+    The power is ln(target) / ln(length) in units of the largest factor, so that a pair at the old scale goes to the new
+    one and a pair at 1 stays. Nothing is clamped to s here: the bound is the space's own.
+    """
+    (lambdas,) = factors.by_layer()
+    ratio, top = target / length, max(lambdas)
+    seeds = {TUNED: lambdas, f"{TUNED}_times": tuple(max(1.0, value * ratio) for value in lambdas)}
+    if top > 1:
+        power = math.log(top * ratio) / math.log(top)
+        seeds[f"{TUNED}_power"] = tuple(max(value, 1.0) ** power for value in lambdas)
+    return {name: (row, factors.n_hat) for name, row in seeds.items()}
+
+
+def recovery_plan(settings: SearchSettings, spec: RopeSpec, tuned: Factors, stage: int) -> SearchPlan:
+    """The search for a short length on an extended model: factors in [1, the largest tuned one].
+
+    Seeds are the tuned factors, scaled-down copies of them, and ones; the rows to beat are the untouched rotation and
+    the tuned factors. The attention factor is the tuned one's, which a refinement may learn anew.
+
+    Parameters
+    ----------
+    tuned: what the model was tuned at; one list for all layers.
+    """
+    (lambdas,) = tuned.by_layer()
+    space = SearchSpace(spec.pairs, GRID, max(GRID, math.ceil(max(lambdas) * GRID)), _within(settings))
+    plain = Factors((1.0,) * spec.pairs)
+    seeds = {TUNED: tuned, "none": plain}
+    for power in SCALED_DOWN:
+        row = tuple(max(value, 1.0) ** power for value in lambdas)
+        seeds[f"{TUNED}^{power:g}"] = Factors(row, tuned.n_hat)
+    return SearchPlan(
+        evolution=settings.evolution,
+        space=space,
+        attention_factor=tuned.attention_factor,
+        seeds=seeds,
+        baselines={"none": plain, TUNED: tuned},
+        seed=settings.seed,
+        finalists=settings.finalists,
+        all_seeds_final=settings.all_seeds_final,
+        stage=stage,
+        frequencies=tuple(spec.inverse_frequencies().tolist()),
+        sampler=settings.sampler,
+        refinement=settings.refinement,
+        racing=settings.racing,
+    )
+
+
+def _within(settings: SearchSettings) -> tuple[int, ...]:
+    """The choices of n_hat that leave a token to rescale."""
+    return tuple(n for n in settings.n_hats if n < settings.target_length) or settings.n_hats[:1]
+
+
+def stage_plan(
+    plan: ExtensionPlan,
+    number: int,
+    spec: RopeSpec,
+    shipped: tuple[str, Factors] | None,
+    found: Mapping[str, Factors],
+) -> SearchPlan:
+    """The search plan of one search or recovery stage.
+
+    Parameters
+    ----------
+    shipped: see ``searcher.plan.search_plan``.
+    found: stage -> factors, of the search stages that are finished.
+    """
+    stage = plan.stages[number]
+    if stage.kind == RECOVER:
+        return recovery_plan(stage.search, spec, found[str(stage.factors)], number)
+    settings = stage.search
+    if stage.factors is not None:
+        seeds = rescaled_seeds(found[stage.factors], plan.stage(stage.factors).length, stage.length)
+        settings = replace(settings, seed_factors={**settings.seed_factors, **seeds})
+    return search_plan(settings, spec, shipped, number)
+
+
+def tuning_factors(stage: Stage, spec: RopeSpec, found: Mapping[str, Factors]) -> Factors:
+    """The factors that a fine-tuning stage holds fixed: a stage's, or a baseline's at the stage's own scale."""
+    source = str(stage.factors)
+    return found[source] if source in found else BASELINES[source](spec, spec.scale(stage.length))
+
+
+def attention_policy(stage: Stage, factors: Factors, spec: RopeSpec) -> str:
+    """The policy that a stage's attention factor came by, or the number where it is no policy's."""
+    if stage.kind == SEARCH:
+        policy = stage.search.attention
+        if attention_factor(policy, spec, spec.scale(stage.length)) == factors.attention_factor:
+            return policy
+    return repr(factors.attention_factor)

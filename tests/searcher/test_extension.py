@@ -1,0 +1,327 @@
+"""An extension is data: it comes back from JSON, refuses what cannot run, and says who serves which length."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from searcher.baselines import BASELINES, pi, yarn
+from searcher.errors import LongRopeError
+from searcher.extension import BASE, FINETUNE, SEARCH, Evaluation, ExtensionPlan, Stage, check_lengths
+from searcher.plan import SearchSettings
+from searcher.plan_file import built_in, parse_plan, read_plan
+from searcher.regimes import Place, costs, regimes, rows, serving
+from searcher.rope import Factors, RopeSpec, attention_factor
+from searcher.second import TUNED, attention_policy, recovery_plan, rescaled_seeds, stage_plan, tuning_factors
+from searcher.space import GRID
+from searcher.tuning import Tuning
+
+SPEC = RopeSpec(10_000.0, 16, 256, 2)
+PLAN = parse_plan(
+    {
+        "search": {"evolution": {"generations": 1}},
+        "finetune": {"warmup": 0, "steps": 2, "batch": 2},
+        "stages": [
+            {"kind": "search", "length": "4x"},
+            {"kind": "finetune", "length": "4x"},
+            {"kind": "search", "length": "8x"},
+            {"kind": "finetune", "length": "8x"},
+            {"kind": "search", "length": "32x"},
+            {"kind": "recover", "length": 256},
+            {"kind": "recover", "length": 512},
+            {"kind": "compare", "methods": ["none", "yarn"]},
+            {"kind": "search", "name": "untuned-8x", "length": "8x", "model": "base"},
+            {"kind": "evaluate", "lengths": ["0.5x", "1x", "2x", "4x", "8x", "16x", "32x", "64x"]},
+        ],
+    },
+    "mine",
+    SPEC.original_length,
+)
+
+
+def factors_of(top: float) -> Factors:
+    """Some factors that nothing else has, the largest as given."""
+    return Factors(tuple(1 + (top - 1) * pair / (SPEC.pairs - 1) for pair in range(SPEC.pairs)), 2, 1.125)
+
+
+FOUND = {
+    stage.name: factors_of(2.0 + number)
+    for number, stage in enumerate(PLAN.stages)
+    if stage.kind not in (FINETUNE, "evaluate")
+}
+
+
+@pytest.mark.parametrize("name", built_in())
+def test_every_plan_that_ships_comes_back_from_json(name: str) -> None:
+    plan = read_plan(name, 4096)
+    assert ExtensionPlan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+    check_lengths(plan, replace(SPEC, original_length=4096))
+
+
+def test_the_papers_plan_has_the_papers_settings() -> None:
+    plan = read_plan("longrope-llama2", 4096)
+    shape = [(stage.kind, stage.length) for stage in plan.stages]
+    k = 1024
+    assert shape == [
+        ("search", 128 * k),
+        ("finetune", 128 * k),
+        ("search", 256 * k),
+        ("finetune", 256 * k),
+        ("search", 2048 * k),
+        ("recover", 4 * k),
+        ("recover", 8 * k),
+        ("evaluate", 2048 * k),
+    ]
+    first, second = plan.of_kind(FINETUNE)
+    assert (first.tuning.steps, second.tuning.steps) == (400, 600)
+    for stage in (first, second):
+        tuning = stage.tuning
+        assert (tuning.learning_rate, tuning.schedule, tuning.warmup, tuning.batch) == (2e-5, "linear", 20, 32)
+    sizes = [(s.search.evolution.population, s.search.evolution.mutants) for s in plan.of_kind(SEARCH)]
+    assert sizes == [(64, 16), (64, 16), (32, 8)]
+    assert [s.documents["search"] for s in plan.of_kind(SEARCH)] == [5, 5, 3]
+    assert all(stage.search.refinement is None for stage in plan.stages if stage.kind in (SEARCH, "recover"))
+    assert second.model == first.name
+    assert plan.of_kind(SEARCH)[2].model == second.name
+
+
+def test_mistral_is_tuned_in_chunks_of_16k_under_the_factors_of_its_targets() -> None:
+    plan = read_plan("longrope-mistral", 4096)
+    for stage, length in zip(plan.of_kind(FINETUNE), (131072, 262144), strict=True):
+        assert (stage.length, stage.tuning.length) == (length, 16384)
+        assert (stage.tuning.steps, stage.tuning.learning_rate, stage.tuning.schedule) == (400, 1e-6, "constant")
+        assert stage.tuning.batch == 64
+
+
+def test_stages_work_on_the_last_tuned_model_and_what_it_was_tuned_at() -> None:
+    by_name = {stage.name: stage for stage in PLAN.stages}
+    assert by_name["search-1024"].model == BASE
+    assert by_name["finetune-1024"].factors == "search-1024"
+    assert (by_name["search-2048"].model, by_name["search-2048"].factors) == ("finetune-1024", "search-1024")
+    assert (by_name["search-8192"].model, by_name["search-8192"].factors) == ("finetune-2048", "search-2048")
+    assert (by_name["recover-256"].model, by_name["recover-256"].factors) == ("finetune-2048", "search-2048")
+    assert (by_name["untuned-8x"].model, by_name["untuned-8x"].factors) == (BASE, None)
+
+
+def test_a_comparison_is_the_same_tunings_in_a_row_under_other_factors() -> None:
+    for method in ("none", "yarn"):
+        first, second = PLAN.of_kind(FINETUNE, method)
+        assert [first.settings, second.settings] == [stage.settings for stage in PLAN.of_kind(FINETUNE)]
+        assert (first.model, second.model) == (BASE, first.name)
+        for stage in (first, second):
+            expected = BASELINES[method](SPEC, SPEC.scale(stage.length))
+            assert tuning_factors(stage, SPEC, FOUND) == expected
+
+
+def test_the_regimes_are_recovered_lengths_that_won_then_the_tuned_length_then_the_searches_beyond() -> None:
+    assert regimes(PLAN, FOUND, ()) == [
+        Place(2048, "search-2048", FOUND["search-2048"]),
+        Place(8192, "search-8192", FOUND["search-8192"]),
+    ]
+    sources = [(place.longest, place.source) for place in regimes(PLAN, FOUND, ["recover-256", "recover-512"])]
+    assert sources == [(256, "recover-256"), (512, "recover-512"), (2048, "search-2048"), (8192, "search-8192")]
+    assert [place.longest for place in regimes(PLAN, FOUND, ["recover-512"])] == [512, 2048, 8192]
+
+
+def test_a_plan_without_tuning_serves_what_was_searched_on_the_base() -> None:
+    plan = ExtensionPlan("p", (PLAN.stages[0], PLAN.stage("untuned-8x")))
+    assert [place.source for place in regimes(plan, FOUND, ())] == ["search-1024", "untuned-8x"]
+
+
+@given(st.lists(st.integers(1, 500), min_size=1, unique=True), st.integers(1, 600))
+def test_the_regime_that_serves_is_the_shortest_that_reaches(lengths: list[int], length: int) -> None:
+    places = [Place(n, str(n), factors_of(n + 1.0)) for n in sorted(lengths)]
+    reaching = [n for n in sorted(lengths) if n >= length]
+    found = serving(places, length)
+    assert found == (factors_of(reaching[0] + 1.0) if reaching else None)
+
+
+def test_the_rows_are_the_papers() -> None:
+    evaluation = PLAN.stages[-1].evaluation
+    table = {row.name: row for row in rows(PLAN, evaluation, SPEC, FOUND, ["recover-256"])}
+    assert list(table) == [
+        *("none", "pi", "ntk", "yarn", "longrope, not tuned", "none, tuned", "yarn, tuned"),
+        *("longrope, without recovery", "longrope"),
+    ]
+    assert table["pi"].factors[4096] == pi(SPEC, 16)
+    assert table["pi"].factors[128] == Factors((1.0,) * SPEC.pairs)
+    untuned = table["longrope, not tuned"].factors
+    assert untuned[256] == Factors((1.0,) * SPEC.pairs)
+    assert untuned[512] == FOUND["search-1024"]
+    assert untuned[2048] == FOUND["untuned-8x"]
+    assert untuned[4096] is None
+    tuned = table["yarn, tuned"]
+    assert tuned.model == "finetune-2048-yarn"
+    assert tuned.factors[128] == tuned.factors[2048] == yarn(SPEC, 8)
+    assert tuned.factors[4096] == yarn(SPEC, 16)
+    without, with_it = table["longrope, without recovery"].factors, table["longrope"].factors
+    assert without[128] == without[256] == FOUND["search-2048"]
+    assert with_it[128] == with_it[256] == FOUND["recover-256"]
+    assert with_it[512] == FOUND["search-2048"]
+    assert with_it[8192] == without[8192] == FOUND["search-8192"]
+    assert with_it[16384] is None
+
+
+def test_seeds_of_a_second_search_are_the_tuned_factors_as_they_are_and_rescaled() -> None:
+    tuned = Factors((1.0, 1.5, 4.0, 8.0), 4)
+    seeds = rescaled_seeds(tuned, 2048, 8192)
+    assert {n_hat for _, n_hat in seeds.values()} == {4}
+    assert seeds[TUNED][0] == tuned.lambdas
+    assert seeds["tuned_times"][0] == (4.0, 6.0, 16.0, 32.0)
+    power, _ = seeds["tuned_power"]
+    assert power[0] == 1
+    assert power[-1] == pytest.approx(32.0)
+    assert power[2] == pytest.approx(4 ** (math.log(32) / math.log(8)))
+
+
+def test_a_second_search_is_not_clamped_to_its_scale_but_bounded_by_its_space() -> None:
+    number = next(i for i, stage in enumerate(PLAN.stages) if stage.name == "search-8192")
+    found = {**FOUND, "search-2048": factors_of(8.0)}
+    plan = stage_plan(PLAN, number, SPEC, None, found)
+    assert plan.space.upper == 1.25 * 32 * GRID
+    assert plan.seeds["tuned_times"].lambdas[-1] == 32
+    assert plan.stage == number
+    assert set(plan.seeds) >= {TUNED, "tuned_times", "tuned_power", "yarn"}
+
+
+def test_a_recovery_searches_between_one_and_the_largest_tuned_factor() -> None:
+    tuned = factors_of(7.123)
+    plan = recovery_plan(SearchSettings(128, n_hats=(0, 4, 256)), SPEC, tuned, 5)
+    assert (plan.space.lower, plan.space.upper) == (GRID, 713)
+    assert plan.space.n_hats == (0, 4)
+    assert plan.attention_factor == tuned.attention_factor
+    assert plan.seeds[TUNED] == tuned
+    assert plan.seeds["none"].lambdas == (1.0,) * SPEC.pairs
+    assert plan.baselines == {"none": Factors((1.0,) * SPEC.pairs), TUNED: tuned}
+    copies = [factors for name, factors in plan.seeds.items() if name.startswith("tuned^")]
+    for larger, smaller in pairwise([tuned, *copies]):
+        assert all(1 <= b <= a for a, b in zip(larger.lambdas, smaller.lambdas, strict=True))
+        assert all(a <= b for a, b in pairwise(smaller.lambdas))
+
+
+def test_costs_count_gradients_threefold_and_tuning_fourfold() -> None:
+    table = {cost.name: cost for cost in costs(PLAN, SPEC)}
+    assert [cost.name for cost in costs(PLAN, SPEC)] == [stage.name for stage in PLAN.stages]
+    assert table["finetune-1024"].forwards == 4 * 2 * 2
+    assert table["finetune-1024"].tokens == 4 * 2 * 2 * 1024
+    search = stage_plan(PLAN, 0, SPEC, None, {})
+    assert search.refinement is not None
+    assert table["search-1024"].forwards == search.most_evaluations(5) + 2 * search.refinement.gradients
+
+
+def test_an_attention_factor_that_was_learnt_is_named_by_its_number() -> None:
+    stage = PLAN.stages[0]
+    su = replace(factors_of(2.0), attention_factor=attention_factor("su", SPEC, 4))
+    assert attention_policy(stage, su, SPEC) == "su"
+    assert attention_policy(stage, factors_of(2.0), SPEC) == "1.125"
+    assert attention_policy(PLAN.stage("recover-256"), factors_of(2.0), SPEC) == "1.125"
+
+
+def changed(number: int, **values: object) -> dict[str, object]:
+    """A small plan with one stage changed."""
+    stages: list[dict[str, object]] = [
+        {"kind": "search", "length": "4x"},
+        {"kind": "finetune", "length": "4x", "steps": 30},
+        {"kind": "recover", "length": "1x"},
+        {"kind": "evaluate", "lengths": ["1x"]},
+    ]
+    stages[number] = {key: value for key, value in {**stages[number], **values}.items() if value is not None}
+    return {"stages": stages}
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({}, "needs its stages"),
+        ({"stages": "search"}, "needs its stages"),
+        ({"stages": [{"kind": "search", "length": "8x"}], "model": "x"}, "does not know 'model'"),
+        ({"stages": [{"kind": "search", "length": "8x"}], "search": 3}, "is a table"),
+        (changed(0, kind="explore"), "one of search, finetune, recover, evaluate, compare"),
+        (changed(0, length=None), "a length is missing"),
+        (changed(0, length="4y"), "whole number of tokens"),
+        (changed(0, presets="quick"), "does not know 'presets'"),
+        (changed(0, preset="best"), "one of refined, paper"),
+        (changed(0, racing="yes"), "true or false"),
+        (changed(0, documents={"search": "5"}), "a number by part"),
+        (changed(0, evolution={"size": 3}), "size"),
+        (changed(0, name="base"), "give it a name"),
+        (changed(0, model="search-1024"), "a fine-tuning stage before it"),
+        (changed(1, name="search-1024"), "Two stages"),
+        (changed(1, steps=None), "steps"),
+        (changed(1, rate=1e-4), "does not know 'rate'"),
+        (changed(1, learning_rate=-1.0), "learning_rate"),
+        (changed(1, factors="best"), "a search stage before it or one of"),
+        (changed(2, factors="finetune-1024"), "a search stage before it"),
+        (changed(3, lengths=None), "lengths are missing"),
+        (changed(3, lengths=["0.001x"]), "whole number of tokens"),
+        (changed(3, baselines=["xpos"]), "one of none, pi"),
+        (changed(3, depths=3), "does not know 'depths'"),
+        ({"stages": [{"kind": "compare", "methods": ["pi"]}]}, "needs both"),
+        ({"stages": [*changed(0)["stages"][:2], {"kind": "compare"}]}, "needs both"),  # type: ignore[index]
+        ({"stages": [{"kind": "search", "length": "8x"}], "name": ""}, "name of a plan"),
+    ],
+)
+def test_a_plan_that_cannot_run_is_refused(data: dict[str, object], message: str) -> None:
+    with pytest.raises(LongRopeError, match=message):
+        parse_plan(data, "mine", 256)
+
+
+def test_a_plan_that_is_not_there_or_no_toml_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(LongRopeError, match="longrope-llama2"):
+        read_plan("no-such-plan", 256)
+    broken = tmp_path / "broken.toml"
+    broken.write_text("stages = [")
+    with pytest.raises(LongRopeError, match="is not TOML"):
+        read_plan(str(broken), 256)
+    broken.write_bytes(b"\xff\xfe")
+    with pytest.raises(LongRopeError, match="is not TOML"):
+        read_plan(str(broken), 256)
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ([{"kind": "search", "length": "1x"}], "within the trained window"),
+        (
+            [
+                {"kind": "finetune", "length": "8x", "factors": "pi", "steps": 30},
+                {"kind": "finetune", "length": "4x", "factors": "yarn", "steps": 30},
+            ],
+            "from shorter to longer",
+        ),
+    ],
+)
+def test_lengths_that_make_no_sense_for_a_model_are_refused(stages: list[dict[str, object]], message: str) -> None:
+    with pytest.raises(LongRopeError, match=message):
+        check_lengths(parse_plan({"stages": stages}, "mine", 256), SPEC)
+
+
+def test_a_seed_for_all_stages_leaves_the_rest_as_it_was() -> None:
+    plan = read_plan("reference", 256, seed=7)
+    before = read_plan("reference", 256)
+    for stage, old in zip(plan.stages, before.stages, strict=True):
+        if isinstance(stage.settings, SearchSettings | Tuning):
+            assert stage.settings.seed == 7
+            assert replace(stage.settings, seed=0) == old.settings
+        else:
+            assert stage == old
+
+
+def test_evaluations_refuse_lengths_out_of_order() -> None:
+    with pytest.raises(LongRopeError, match="ascending"):
+        Evaluation((512, 256))
+
+
+def test_a_stage_knows_its_settings() -> None:
+    stage = PLAN.stages[0]
+    assert stage.search is stage.settings
+    with pytest.raises(AssertionError):
+        _ = stage.tuning
+    assert isinstance(PLAN.stages[1], Stage)

@@ -1,0 +1,230 @@
+"""``longrope extend`` from its plan to its factor file, on a tiny model; and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sqlite3
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Ended, Longrope
+from safetensors.torch import load_file, save_file
+from test_kill_extension import PLAN, training_text
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from searcher.plan_file import parse_plan
+from storage.factor_file import read
+from workers.apply import apply_factors
+from workers.model import ModelRequest, load_model
+from workers.perplexity import negative_log_likelihood
+
+ROOT = Path(__file__).resolve().parent.parent
+OUTSIDE = PLAN.replace('kind = "finetune"\n', 'kind = "finetune"\noutside = true\n')
+COMPARED = PLAN.replace(
+    '[[stages]]\nkind = "evaluate"', '[[stages]]\nkind = "compare"\nmethods = ["pi"]\n\n[[stages]]\nkind = "evaluate"'
+)
+
+
+@dataclass(frozen=True)
+class Extension:
+    """One that is finished."""
+
+    folder: Path
+    answer: dict[str, Any]
+    progress: str
+
+    def rows(self, query: str) -> list[tuple[Any, ...]]:
+        with closing(sqlite3.connect(self.folder / "store.db")) as connection:
+            return connection.execute(query).fetchall()
+
+
+def command(folder: Path, plan: str, model: Path, text: Path) -> list[str]:
+    """``extend`` with everything it needs, in a folder of its own."""
+    (folder / "plan.toml").write_text(plan)
+    train = training_text(folder)
+    return [
+        *("extend", str(folder / "plan.toml"), f"--model={model}", f"--data={text}", f"--train-data={train}"),
+        *("--in-process", "--tuning-threads=1", "--study=far", "--storage=sqlite:///store.db", f"--out={folder}"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def extension(
+    tiny_llama_folder: Path, text_folder: Path, longrope_in: Longrope, tmp_path_factory: pytest.TempPathFactory
+) -> Extension:
+    folder = tmp_path_factory.mktemp("extension")
+    ended = longrope_in(folder, *command(folder, COMPARED, tiny_llama_folder, text_folder), "--json")
+    assert ended.status == 0, ended.err
+    return Extension(folder, json.loads(ended.out), ended.err)
+
+
+def test_the_table_has_every_row_at_every_length_it_serves(extension: Extension) -> None:
+    result = extension.answer["result"]
+    assert result["lengths"] == [64, 256]
+    served = {name: sorted(map(int, cells)) for name, cells in result["rows"].items()}
+    assert served == {
+        **{name: [64, 256] for name in ("none", "pi", "ntk", "yarn", "pi, tuned")},
+        "longrope, not tuned": [64],
+        "longrope, without recovery": [64, 256],
+        "longrope": [64, 256],
+    }
+    cell = result["rows"]["longrope"]["256"]
+    assert cell["test"]["tokens"] % 255 == 0
+    assert cell["test"]["tokens"] > 0
+    assert sum(row["trials"] for row in cell["key_value"]["by_depth"] if row["depth"] is not None) == 3
+
+
+def test_the_factor_file_is_of_the_tuned_model_and_holds_what_the_stages_found(extension: Extension) -> None:
+    file = read(extension.folder / "far-factors.json")
+    tuned = extension.folder / "far" / "finetune-128" / "model"
+    request = ModelRequest(str(tuned), 256)
+    loaded = load_model(request)
+    assert file.model.name.endswith("-finetune-128")
+    assert file.model.spec == loaded.spec
+    longest = [regime.max_length for regime in file.regimes]
+    assert longest[-2:] == [128, 256]
+    assert [regime.min_length for regime in file.regimes] == [1, *(length + 1 for length in longest[:-1])]
+    results = {
+        stage: json.loads(result) for stage, result in extension.rows("SELECT stage, result FROM longrope_stages")
+    }
+    for regime, stage in ((file.regimes[-2], 0), (file.regimes[-1], 2)):
+        assert list(regime.factors.by_layer()[0]) == results[stage]["factors"]["searched"]["lambdas"]
+
+
+def test_the_loader_serves_the_table_on_the_tuned_model(extension: Extension) -> None:
+    """What plain transformers computes under ``apply_factors`` is what the stages scored, at every regime."""
+    path = extension.folder / "far-factors.json"
+    tuned = str(extension.folder / "far" / "finetune-128" / "model")
+    model = AutoModelForCausalLM.from_pretrained(tuned)
+    loaded = load_model(ModelRequest(tuned, 256))
+    regimes = read(path).regimes
+    applied = apply_factors(model, path)
+    for length in (40, 64, 65, 128, 129, 256):
+        ids = torch.randint(2, 250, (1, length), generator=torch.Generator().manual_seed(length))
+        factors = next(regime.factors for regime in regimes if length <= regime.max_length)
+        nll, count = negative_log_likelihood(loaded, ids[0].numpy().astype("uint32"), factors)
+        with torch.inference_mode():
+            loss = float(model(ids, labels=ids).loss)
+        assert loss == pytest.approx(nll / count, rel=1e-5)
+    applied.remove()
+
+
+def test_the_readme_serves_a_factor_file_as_it_says(extension: Extension, monkeypatch: pytest.MonkeyPatch) -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    folder = extension.folder / "far" / "finetune-128" / "model"
+    names = {
+        "model": AutoModelForCausalLM.from_pretrained(folder),
+        "tokenizer": AutoTokenizer.from_pretrained(folder),
+        "text": "abc " * 10,
+    }
+    monkeypatch.chdir(extension.folder)
+    exec(block, names)
+
+
+def test_the_plan_of_the_readme_is_one() -> None:
+    import tomllib
+
+    (block,) = re.findall(r"```toml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    plan = parse_plan(tomllib.loads(block), "readme", 4096)
+    assert [stage.kind for stage in plan.stages] == ["search", "finetune", "search", "recover", "evaluate"]
+
+
+def test_no_document_is_in_two_sets_at_any_stage(extension: Extension) -> None:
+    query = (
+        "SELECT DISTINCT c.part, u.document_name FROM longrope_units u "
+        "JOIN longrope_candidates c ON c.id = u.candidate_id"
+    )
+    sets = {"search": set(), "refined": set(), "refine": set(), "selection": set(), "test": set()}
+    for part, name in extension.rows(query):
+        if part in sets:
+            sets[part].add(re.match(r"[^/\[:#+]+", name).group(0))  # type: ignore[union-attr]
+    assert all(sets[part] for part in ("search", "selection", "test"))
+    searched = sets["search"] | sets["refined"] | sets["refine"]
+    assert searched.isdisjoint(sets["selection"])
+    assert searched.isdisjoint(sets["test"])
+    assert sets["selection"].isdisjoint(sets["test"])
+
+
+def test_tuning_is_logged_and_only_its_result_is_left(extension: Extension) -> None:
+    logged = extension.rows("SELECT stage, name, count(*) FROM longrope_training_logs GROUP BY 1, 2 ORDER BY 1, 2")
+    names = ("grad_norm", "held_out_perplexity", "learning_rate", "loss")
+    assert logged == [(stage, name, 3 if name.startswith("held") else 4) for stage in (1, 4) for name in names]
+    for stage in ("finetune-128", "finetune-128-pi"):
+        assert [path.name for path in (extension.folder / "far" / stage).iterdir()] == ["model"]
+
+
+def test_people_see_stages_and_tables(extension: Extension, longrope_in: Longrope) -> None:
+    storage = "--storage=sqlite:///store.db"
+    listed = longrope_in(extension.folder, "studies", storage).out
+    assert "6 of 6" in " ".join(listed.split())
+    shown = longrope_in(extension.folder, "studies", "show", "far", storage).out
+    for text in ("finetune-128-pi", "Perplexity on the test documents", "Key-value retrieval", "longrope, not tuned"):
+        assert text in shown
+    found = json.loads(longrope_in(extension.folder, "studies", "show", "far", storage, "--json").out)
+    assert [stage["status"] for stage in found["stages"]] == ["finished"] * 6
+    again = longrope_in(extension.folder, "resume", "far", storage)
+    assert again.status == 1
+    assert "nothing to resume" in again.err
+
+
+@pytest.fixture
+def waiting(tiny_llama_folder: Path, text_folder: Path, longrope: Longrope, tmp_path: Path) -> tuple[Ended, Path]:
+    """An extension that has come to its outside stage."""
+    return longrope(*command(tmp_path, OUTSIDE, tiny_llama_folder, text_folder)), tmp_path
+
+
+def test_another_trainer_gets_what_it_needs_and_the_extension_goes_on_with_what_it_made(
+    waiting: tuple[Ended, Path], longrope: Longrope, tiny_llama_folder: Path
+) -> None:
+    ended, folder = waiting
+    assert ended.status == 0, ended.err
+    said = " ".join(ended.out.split())
+    assert "finetune-128 waits for another trainer" in said
+    assert "longrope resume far --checkpoint FOLDER" in said
+    given = read(folder / "far" / "finetune-128" / "factors.json")
+    assert [(regime.min_length, regime.max_length) for regime in given.regimes] == [(1, 128)]
+    storage = "--storage=sqlite:///store.db"
+    again = longrope("resume", "far", storage)
+    assert (again.status, "waits for another trainer" in again.out) == (0, True)
+    refused = longrope("resume", "far", storage, f"--checkpoint={folder / 'nothing'}")
+    assert (refused.status, refused.err.count("\n")) == (1, 1)
+    made = folder / "made"
+    shutil.copytree(tiny_llama_folder, made)
+    weights = load_file(made / "model.safetensors")
+    save_file({name: value * 1.01 for name, value in weights.items()}, made / "model.safetensors", {"format": "pt"})
+    finished = longrope("resume", "far", storage, f"--checkpoint={made}")
+    assert finished.status == 0, finished.err
+    assert read(folder / "far-factors.json").model.name.endswith("-finetune-128")
+
+
+def test_what_cannot_be_extended_is_refused_in_one_line(
+    tiny_llama_folder: Path, text_folder: Path, longrope: Longrope, tmp_path: Path
+) -> None:
+    whole = command(tmp_path, PLAN, tiny_llama_folder, text_folder)
+    without_training = [part for part in whole if not part.startswith("--train-data")]
+    overlapping = [*without_training, f"--train-data={text_folder}"]
+    no_folder = [*whole, f"--out={tmp_path / 'missing'}"]
+    other_plan = [whole[0], "no-such-plan", *whole[2:]]
+    for arguments, message in (
+        (without_training, "--train-data"),
+        (overlapping, "is in the training text and among the documents"),
+        (no_folder, "must be a folder that exists"),
+        (other_plan, "longrope-llama2"),
+    ):
+        ended = longrope(*arguments)
+        assert (ended.status, ended.err.count("\n")) == (1, 1), ended.err
+        assert message in ended.err
+        assert "far" not in longrope("studies", "--storage=sqlite:///store.db").out
+
+
+def test_a_plan_is_shown_with_its_costs_and_nothing_begins(longrope: Longrope, tmp_path: Path) -> None:
+    ended = longrope("extend", "--show")
+    assert ended.status == 0, ended.err
+    assert "finetune-4096-yarn" in ended.out
+    assert not list(tmp_path.glob("*.db"))

@@ -1,0 +1,146 @@
+"""A fine-tuning stage on several devices of a Ray cluster: Ray Train starts the workers, each runs ``finetune.tune``.
+
+Workers hold what ``Tuning.fsdp`` says: a whole copy of the model, or a shard of it. Their gradients are sums over
+devices in no fixed order, so the result equals that of one device, or of the same run again, up to rounding.
+
+The driver alone keeps the store. So the first worker sends what is to be recorded through a queue, and waits at every
+checkpoint until the driver has recorded it. Ray is not asked to try again: what ends is resumed as any killed stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from searcher.errors import LongRopeError
+from workers.finetune import MODEL, Checkpoint, OnCheckpoint, OnLog, TuneRequest, tune
+from workers.packing import ChunkSource, TokenArray
+from workers.scorer import PoolRequest
+
+POLL = 0.5  # seconds between looks at whether the workers are still there
+
+
+def tune_on_cluster(
+    request: TuneRequest,
+    chunks: ChunkSource,
+    short_chunks: ChunkSource | None,
+    held_out: Sequence[TokenArray],
+    on_log: OnLog,
+    on_checkpoint: OnCheckpoint,
+    pool: PoolRequest,
+    resume: Checkpoint | None = None,
+) -> Path:
+    """As ``workers.finetune.tune``, whose arguments these are, on the workers of a pool.
+
+    Parameters
+    ----------
+    request: its folders must be seen at the same paths by the driver and all workers; its device is the pool's.
+    pool: how many workers, each on one GPU or on ``request.threads`` CPU cores, and on which cluster; without an
+        address one is started here, or the one that this process has joined already is used.
+
+    Raises
+    ------
+    LongRopeError
+        As ``tune``; or the cluster has too little room, or a worker was lost.
+    """
+    import ray
+
+    from workers.actor import join_cluster, settle, start_cluster
+
+    joined = ray.is_initialized()
+    if not joined and pool.ray_address is None:
+        start_cluster((pool.workers or 1) * request.threads)
+    elif not joined:
+        join_cluster(str(pool.ray_address))
+    try:
+        gpus, workers = settle(pool, request.threads)
+        if 0 < gpus < 1:
+            raise LongRopeError(f"A worker that tunes needs a GPU of its own, not {gpus:g} of one.")
+        placed = replace(
+            request,
+            model=str(Path(request.model).resolve()) if Path(request.model).is_dir() else request.model,
+            work=request.work.resolve(),
+            device="cuda" if gpus else "cpu",
+        )
+        placed.work.mkdir(parents=True, exist_ok=True)
+        work = ray.put((placed, chunks, short_chunks, list(held_out), resume))
+        _run(work, placed, workers, on_log, on_checkpoint)
+    finally:
+        if not joined:
+            ray.shutdown()
+    return placed.work / MODEL
+
+
+def _run(work: Any, request: TuneRequest, workers: int, on_log: OnLog, on_checkpoint: OnCheckpoint) -> None:
+    """Start the workers, and record what they send until they have ended."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.util.queue import Empty, Queue
+
+    on_gpus = request.device == "cuda"
+    events, answers = (Queue(actor_options={"num_cpus": 0}) for _ in range(2))
+    trainer = TorchTrainer(
+        _worker,
+        # The reference is in a list, so that Ray hands on the reference and not a copy of all documents.
+        train_loop_config={"work": [work], "events": events, "answers": answers},
+        torch_config=TorchConfig(backend="nccl" if on_gpus else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=workers, use_gpu=on_gpus, resources_per_worker={"CPU": request.threads, "GPU": int(on_gpus)}
+        ),
+        run_config=RunConfig(storage_path=str(request.work / "ray"), failure_config=FailureConfig(max_failures=0)),
+    )
+    with ThreadPoolExecutor(1) as executor:
+        running = executor.submit(trainer.fit)
+        try:
+            while True:
+                ended = running.done()  # before the look: what was sent until then is there to be seen
+                try:
+                    kind, *values = events.get(block=not ended, timeout=POLL)
+                except Empty:
+                    if ended:
+                        break
+                    continue
+                if kind == "log":
+                    on_log(*values)
+                else:
+                    on_checkpoint(*values)
+                    answers.put(None)
+        finally:
+            for queue in (events, answers):  # a worker that still runs ends when it next has something to say
+                queue.shutdown(force=True)
+    if (lost := running.exception()) is not None:
+        raise LongRopeError(_reason(lost)) from lost
+
+
+def _worker(config: Mapping[str, Any]) -> None:
+    """What each worker runs, in its own process, with its rank in the environment."""
+    import ray
+
+    request, chunks, short_chunks, held_out, resume = ray.get(config["work"][0])
+    events, answers = config["events"], config["answers"]
+
+    def recorded(checkpoint: Checkpoint) -> None:
+        events.put(("checkpoint", checkpoint))
+        answers.get()
+
+    def logged(step: int, values: Mapping[str, float]) -> None:
+        events.put(("log", step, dict(values)))
+
+    tune(request, chunks, short_chunks, held_out, logged, recorded, resume)
+
+
+def _reason(error: BaseException) -> str:
+    """The sentence of ours that ended a worker, else that one was lost."""
+    failures = getattr(error, "worker_failures", {}).values()
+    for failure in failures:
+        cause: BaseException | None = failure
+        while cause is not None:
+            if isinstance(cause, LongRopeError):
+                return str(cause)
+            cause = cause.__cause__ or getattr(cause, "cause", None)
+    reasons = [str(failure).strip().splitlines()[-1] for failure in failures if str(failure).strip()]
+    reason = reasons[0] if reasons else type(error).__name__
+    return f"The workers of the fine-tuning stage ended before it did ({reason}); resume it."
