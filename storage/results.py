@@ -74,13 +74,16 @@ def scores(result: Result, part: str) -> dict[str, Score]:
 def perplexities(result: Result, part: str, at_study_attention: bool = False) -> dict[str, float]:
     """Method -> perplexity on one part, each under its own attention factor or each under the study's.
 
-    Where a method was not scored under the study's, it is left out.
+    Where a method was not scored under the study's, it is left out; so are searched factors with one that was learnt.
     """
     table = scores(result, part)
     methods = [name for name in table if not name.endswith(AT_STUDY_ATTENTION)]
     if not at_study_attention:
         return {name: table[name].perplexity for name in methods}
-    at_study = {name: name if name.startswith("searched") else name + AT_STUDY_ATTENTION for name in methods}
+    study = result["attention_factor"]
+    is_studys = {name: factors_of(result, name).attention_factor == study for name in methods}
+    at_study = {name: name + AT_STUDY_ATTENTION for name in methods if not name.startswith("searched")}
+    at_study |= {name: name for name in methods if name.startswith("searched") and is_studys[name]}
     return {name: table[row].perplexity for name, row in at_study.items() if row in table}
 
 

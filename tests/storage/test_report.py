@@ -11,7 +11,7 @@ from rich.table import Table
 
 from searcher.rope import Factors
 from storage.cost import Cost, PartCost
-from storage.progress import ScoredCandidate, StudySummary
+from storage.progress import CurrentStage, ScoredCandidate, StudySummary
 from storage.report import cost_line, pareto_table, progress_table, studies_table
 
 
@@ -100,7 +100,14 @@ class TestStudies:
         moment = datetime(2026, 1, 2, 3, 4, tzinfo=UTC)
         summary = StudySummary("s", "search", "stopped", 9, 45, 30, 2, 4, 15, moment, moment)
         (found,) = cells(studies_table([summary]))
-        assert found == ["s", "search", "stopped", "9", "30/30", "2", "4", "2026-01-02 03:04"]
+        assert found == ["s", "search", "stopped", "", "9", "30/30", "2", "4", "2026-01-02 03:04"]
+
+    def test_an_extension_shows_its_stage(self) -> None:
+        moment = datetime(2026, 1, 2, 3, 4, tzinfo=UTC)
+        stage = CurrentStage(1, 5, "finetune", "running")
+        summary = StudySummary("s", "extension", "running", 9, 45, 30, 0, 0, 0, moment, moment, stage)
+        (found,) = cells(studies_table([summary]))
+        assert found[:4] == ["s", "extension", "running", "2 of 5: finetune, running"]
 
 
 class TestPareto:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 from searcher.evolution import Evolution
@@ -57,4 +58,8 @@ def test_methods_come_back() -> None:
     assert factors_of(found, "searched") == WINNER.factors
     assert factors_of(found, "pi") == PI
     assert perplexities(found, "test") == {"pi": math.exp(2 / 62), "searched": math.exp(1 / 62)}
-    assert perplexities(found, "test", True) == {"pi": math.exp(3 / 62), "searched": math.exp(1 / 62)}
+    assert WINNER.factors.attention_factor != plan().attention_factor  # it was learnt
+    assert perplexities(found, "test", True) == {"pi": math.exp(3 / 62)}
+    kept = Candidate(replace(WINNER.factors, attention_factor=plan().attention_factor), "kept")
+    at_study = perplexities(stored(result(winner=kept)), "test", True)
+    assert at_study == {"pi": math.exp(3 / 62), "searched": math.exp(1 / 62)}
