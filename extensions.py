@@ -41,8 +41,9 @@ from storage.results import factors_of, regime_scores, scores
 from storage.stages import FINISHED, StageRecord
 from storage.study_store import StudyStore
 from workers.accuracy import Answer, accuracy_table
+from workers.checkpoints import Checkpoint
 from workers.corpus import CorpusRequest, deal, study_windows, training_documents
-from workers.finetune import Checkpoint, TuneRequest, check_tuned, tune
+from workers.finetune import TuneRequest, tune
 from workers.frames import KEY_VALUE, PASSKEY
 from workers.model import ModelRequest, load_model, load_tokenizer, model_digest, read_config_json, resolve_folder
 from workers.packing import pack, short_documents
@@ -50,6 +51,7 @@ from workers.retrieval import TooShort, Trial, make_trial, tasks
 from workers.scorer import PoolRequest, describe, open_scorer
 from workers.settings import device_name, gpu_count, settle_device
 from workers.train_cluster import tune_on_cluster
+from workers.tuned import check_tuned
 
 SEARCHES = (SEARCH, RECOVER)
 

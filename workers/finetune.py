@@ -20,50 +20,32 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from searcher.errors import LongRopeError
 from searcher.rope import Factors
 from searcher.tuning import Tuning
 from workers import attention as own_attention
-from workers.memo import replaced_forward
-from workers.model import (
-    LoadedModel,
-    ModelRequest,
-    decoder_layers,
-    load_model,
-    load_tokenizer,
-    read_config_json,
-    resolve_folder,
-)
+from workers.checkpoints import Checkpoint, folder_sha256, settle
+from workers.model import LoadedModel, ModelRequest, load_model, read_config_json, resolve_folder
 from workers.packing import ChunkSource, TokenArray
-from workers.perplexity import logits_at_once, only_head
-from workers.refine import FEED_FORWARD, TOKENS_AT_ONCE
 from workers.settings import settle_device
+from workers.training_loss import TRAINING_ATTENTION, trained_under, training_attention
 
 UNFINISHED = "unfinished"  # what is being written; of no worth after a kill
 MODEL = "model"
 STAGE_FILE = "stage.json"
-TRAINING_ATTENTION = "longrope-training"
 # What a model folder holds beside its weights.
 BESIDE_WEIGHTS = (
     *("config.json", "generation_config.json", "*token*.json", "vocab*", "merges.txt", "chat_template*"),
     *("*.model", "*.jinja", "*.py"),
 )
-# Of a config: what neither weights, nor rotation, nor tokens depend on.
-REMARKS = {
-    *("_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype", "use_cache", "problem_type"),
-    *("output_attentions", "output_hidden_states", "return_dict", "chunk_size_feed_forward", "id2label", "label2id"),
-    *("attention_dropout", "_attn_implementation", "_attn_implementation_autoset", "pad_token_id", "initializer_range"),
-}
 
 
 @dataclass(frozen=True)
@@ -95,15 +77,6 @@ class TuneRequest:
         """What a checkpoint must have been made with to be resumed."""
         factors = None if self.factors is None else hashlib.sha256(self.factors.to_bytes()).hexdigest()
         return {"tuning": self.tuning.to_json(), "factors": factors}
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint that is whole and on the disk: its step, its folder, and the SHA-256 of all its files."""
-
-    step: int
-    path: Path
-    sha256: str
 
 
 OnLog = Callable[[int, Mapping[str, float]], None]
@@ -182,16 +155,6 @@ def _check_data(
         )
 
 
-def folder_sha256(folder: Path) -> str:
-    """Of the names and bytes of all files in a folder and below."""
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        with path.open("rb") as file:
-            digest.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0".encode())
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
-
-
 def _verify(resume: Checkpoint, request: TuneRequest) -> None:
     if not resume.path.is_dir():
         raise LongRopeError(f"The checkpoint {resume.path} is gone; start the stage again, or bring it back.")
@@ -206,26 +169,6 @@ def _verify(resume: Checkpoint, request: TuneRequest) -> None:
             f"The checkpoint {resume.path} was made with other settings or factors than this stage's; start the stage "
             "again, or set them back."
         )
-
-
-def _settle(written: Path, final: Path) -> None:
-    """Everything to the disk, then the name: whoever sees ``final`` sees all of it."""
-    for path in [*written.rglob("*"), written]:
-        _sync(path)
-    if final.exists():  # of a run that was killed before it could tell
-        replaced = written.with_name(f"{final.name}-replaced")
-        final.rename(replaced)
-        shutil.rmtree(replaced)
-    written.rename(final)
-    _sync(final.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _train(
@@ -261,7 +204,7 @@ def _train(
         raise LongRopeError(f"Short windows have the original length, {original} tokens, not {short_chunks.length}.")
     set_seed(request.tuning.seed)
     model = loaded.model if request.tuning.lora_rank is None else _with_lora(loaded.model, request.tuning)
-    with _trained_under(loaded, request.factors, request.tuning.gradient_checkpointing):
+    with trained_under(loaded, request.factors, request.tuning.gradient_checkpointing):
         trainer = Trainer(
             model,
             _arguments(request, bool(len(held_out)), resume),
@@ -291,7 +234,7 @@ def _seal(written: Path, request: TuneRequest, on_checkpoint: OnCheckpoint, step
     (written / STAGE_FILE).write_text(json.dumps(request.identity(), indent=1, sort_keys=True), encoding="utf-8")
     final = request.work / written.name
     digest = folder_sha256(written)
-    _settle(written, final)
+    settle(written, final)
     on_checkpoint(Checkpoint(step, final, digest))
     for other in request.work.glob("checkpoint-*"):
         if other != final:
@@ -395,19 +338,11 @@ def _load(request: TuneRequest) -> LoadedModel:
     if loaded.settings["attention"] == own_attention.NAME:
         from transformers import AttentionInterface, AttentionMaskInterface
 
-        AttentionInterface.register(TRAINING_ATTENTION, _attention)
+        AttentionInterface.register(TRAINING_ATTENTION, training_attention)
         AttentionMaskInterface.register(TRAINING_ATTENTION, own_attention.no_mask)
         loaded.model.set_attn_implementation(TRAINING_ATTENTION)
     loaded.model.requires_grad_(True)
     return loaded
-
-
-def _attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Our attention under autocast: the rotation gives float32, for which CUDA has no flash kernel."""
-    if torch.is_autocast_enabled(query.device.type):
-        dtype = torch.get_autocast_dtype(query.device.type)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    return own_attention.attention(module, query, key, value, *args, **kwargs)
 
 
 def _with_lora(model: Any, tuning: Tuning) -> Any:
@@ -416,67 +351,6 @@ def _with_lora(model: Any, tuning: Tuning) -> Any:
     rank = tuning.lora_rank or 0
     alpha = 2 * rank if tuning.lora_alpha is None else tuning.lora_alpha
     return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear"))
-
-
-@contextmanager
-def _trained_under(loaded: LoadedModel, factors: Factors | None, again: bool) -> Iterator[None]:
-    """A block in which the causal model's forward gives the loss; layers are checkpoints where ``again`` says so."""
-    with ExitStack() as stack:
-        for layer in decoder_layers(loaded.model) if again else ():
-            for name in FEED_FORWARD:
-                if isinstance(block := getattr(layer, name, None), nn.Module):
-                    stack.enter_context(replaced_forward(block, _in_pieces(block.forward)))
-            stack.enter_context(replaced_forward(layer, _checkpoint_of(layer.forward)))
-        stack.enter_context(replaced_forward(loaded.model, loss_forward(loaded, factors)))
-        yield
-
-
-def loss_forward(loaded: LoadedModel, factors: Factors | None) -> Callable[..., dict[str, Tensor]]:
-    """A forward for the causal model that gives its mean loss, and never more than a piece of its logits.
-
-    It takes ``input_ids``, (n, L), and ``short``: whether they are rotated by the model's own RoPE instead of the
-    factors. Every position but the first is scored, each the same. A piece is computed again on the way back, through
-    the model's own head, unless there is only one.
-    """
-    causal = loaded.model
-    forward = causal.forward
-    vocabulary = int(causal.config.get_text_config().vocab_size)
-
-    def nats(hidden: Tensor, target: Tensor) -> Tensor:
-        with only_head(causal):
-            logits = forward(inputs_embeds=hidden, use_cache=False).logits
-        return nn.functional.cross_entropy(logits.float().flatten(0, 1), target.flatten(), reduction="sum")
-
-    def run(input_ids: Tensor, short: bool = False, **_: Any) -> dict[str, Tensor]:
-        with loaded.under(None if short else factors):
-            decoder = getattr(causal, causal.base_model_prefix)
-            hidden = decoder(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1]
-        target = input_ids[:, 1:]
-        step = max(16, logits_at_once(hidden.device) // (vocabulary * len(input_ids)))
-        pieces = list(zip(torch.split(hidden, step, dim=1), torch.split(target, step, dim=1), strict=True))
-        scored = nats if len(pieces) == 1 else _checkpoint_of(nats)
-        return {"loss": torch.stack([scored(*piece) for piece in pieces]).sum() / target.numel()}
-
-    return run
-
-
-def _checkpoint_of(forward: Callable[..., Any]) -> Callable[..., Any]:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-
-    return run
-
-
-def _in_pieces(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """A feed-forward block, whose activations are the widest, piece by piece where a sequence is long."""
-
-    def run(hidden: Tensor) -> Tensor:
-        if hidden.shape[1] <= TOKENS_AT_ONCE:
-            return forward(hidden)
-        parts = [part.contiguous() for part in torch.split(hidden, TOKENS_AT_ONCE, dim=1)]  # mixtral's router views it
-        return torch.cat([_checkpoint_of(forward)(part) for part in parts], dim=1)
-
-    return run
 
 
 @contextmanager
@@ -515,58 +389,7 @@ def _write_model(base: Path, last: Path, request: TuneRequest) -> None:
     for path in (path for pattern in BESIDE_WEIGHTS for path in base.glob(pattern)):
         if not path.name.endswith(".index.json"):  # of the base model's own shards
             shutil.copyfile(path, written / path.name)
-    _settle(written, request.work / MODEL)
-
-
-def check_tuned(folder: Path, base: Path, trust_remote_code: bool = False) -> None:
-    """That a folder can be the result of a stage that was tuned elsewhere.
-
-    Raises
-    ------
-    LongRopeError
-        Its architecture, rotary geometry, vocabulary or tensors are not the base model's, or it carries a RoPE scaling;
-        with what to do.
-    """
-    from transformers import AutoConfig
-
-    resolve_folder(str(folder), trust_remote_code)
-    ours, theirs = (
-        AutoConfig.from_pretrained(each, trust_remote_code=trust_remote_code).to_dict() for each in (base, folder)
-    )
-    for name in sorted({*ours, *theirs} - REMARKS):
-        if ours.get(name) != theirs.get(name):
-            raise LongRopeError(
-                f"The config of {folder} has {name} = {theirs.get(name)!r}, the base model's {ours.get(name)!r}; a "
-                "tuned model keeps the architecture and the RoPE of its base, since rescale factors are absolute. If "
-                f"its weights are of the same architecture, copy {base / 'config.json'} over its own."
-            )
-    shapes, found = tensor_shapes(base), tensor_shapes(folder)
-    for name in sorted({*shapes, *found}):
-        if shapes.get(name) != found.get(name):
-            raise LongRopeError(
-                f"The tensor {name} is {found.get(name, 'missing')} in {folder} and {shapes.get(name, 'missing')} in "
-                "the base model; merge adapters into the model, and save it whole with save_pretrained."
-            )
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
-        raise LongRopeError(f"{folder} has no tokenizer; copy the tokenizer files of {base} into it.")
-    tokenizers = [load_tokenizer(each, trust_remote_code) for each in (base, folder)]
-    first, second = ((each.get_vocab(), each.bos_token_id, each.eos_token_id) for each in tokenizers)
-    if first != second:
-        raise LongRopeError(
-            f"The tokenizer of {folder} is not the base model's; lengths and scores would not compare. Copy the "
-            f"tokenizer files of {base} over its own."
-        )
-
-
-def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor in a folder's safetensors files, read from their headers."""
-    from safetensors import safe_open
-
-    shapes = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="np") as file:
-            shapes.update({name: tuple(file.get_slice(name).get_shape()) for name in file.keys()})  # noqa: SIM118
-    return shapes
+    settle(written, request.work / MODEL)
 
 
 def _first() -> bool:

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from searcher.errors import LongRopeError
-from workers.finetune import MODEL, Checkpoint, OnCheckpoint, OnLog, TuneRequest, tune
+from workers.checkpoints import Checkpoint
+from workers.finetune import MODEL, OnCheckpoint, OnLog, TuneRequest, tune
 from workers.packing import ChunkSource, TokenArray
 from workers.scorer import PoolRequest
 

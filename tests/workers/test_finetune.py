@@ -24,12 +24,15 @@ from tiny_models import FAMILIES, VOCABULARY, WINDOW, own_loss, window, write_mo
 from searcher.errors import LongRopeError
 from searcher.rope import Factors
 from searcher.tuning import Tuning
-from workers import finetune
-from workers.finetune import Checkpoint, TuneRequest, check_tuned, loss_forward, tune
+from workers import training_loss
+from workers.checkpoints import Checkpoint
+from workers.finetune import TuneRequest, tune
 from workers.memo import replaced_forward
 from workers.model import ModelRequest, load_model, load_tokenizer
 from workers.packing import Chunks, TokenArray, pack
 from workers.perplexity import negative_log_likelihood
+from workers.training_loss import loss_forward, trained_under
+from workers.tuned import check_tuned
 
 LENGTH = 2 * WINDOW
 FACTORS = Factors(tuple(np.geomspace(1.0, 2.5, 8).tolist()), n_hat=4, attention_factor=1.1)
@@ -125,8 +128,8 @@ def loaded(folder: Path, length: int = LENGTH, dtype: str = "float32") -> Any:
 def test_the_loss_in_pieces_is_the_models_own_and_so_are_its_gradients(
     family: str, again: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(finetune, "logits_at_once", lambda _device: 20 * VOCABULARY)
-    monkeypatch.setattr(finetune, "TOKENS_AT_ONCE", 24)
+    monkeypatch.setattr(training_loss, "logits_at_once", lambda _device: 20 * VOCABULARY)
+    monkeypatch.setattr(training_loss, "TOKENS_AT_ONCE", 24)
     model = loaded(write_model(tmp_path, family), WINDOW)
     model.model.requires_grad_(True)
     ids = torch.as_tensor(np.stack([window(WINDOW, seed) for seed in (1, 2)]).astype(np.int64))
@@ -135,7 +138,7 @@ def test_the_loss_in_pieces_is_the_models_own_and_so_are_its_gradients(
     with model.under(factors):
         own = model.model(input_ids=ids, labels=ids, use_cache=False).loss
         expected = torch.autograd.grad(own, list(model.model.parameters()), allow_unused=True)
-    with finetune._trained_under(model, factors, again):
+    with trained_under(model, factors, again):
         loss = model.model(input_ids=ids)["loss"]
         found = torch.autograd.grad(loss, list(model.model.parameters()), allow_unused=True)
 
