@@ -679,7 +679,7 @@ def export(
     """
     from runs import study_factor_file
     from storage.exports import exportable, transformers_folder, transformers_patch
-    from storage.factor_file import read, write
+    from storage.factor_file import from_json, read, write
     from workers.model import NO_WINDOW, model_digest, read_config_json, resolve_folder
 
     given = Path(source)
@@ -694,8 +694,14 @@ def export(
         record = Repository(storage, create=False).study(name)
         if record.result is None:
             raise LongRopeError(f"The study {name} is not finished; go on with `longrope resume {name}`, then export.")
-        file = study_factor_file(name, record.settings, record.result, method)
-        model = model or record.settings["model"]["path"]
+        if record.kind == "extension":
+            if method != "searched":
+                raise LongRopeError("An extension has one factor file; --method is for a search.")
+            file = from_json(record.result["factors"])
+            model = model or str(Path(record.settings["out"]) / record.result["model"])
+        else:
+            file = study_factor_file(name, record.settings, record.result, method)
+            model = model or record.settings["model"]["path"]
     stem = name if method == "searched" else f"{name}-{method}"
     regime = file.regimes[-1]
     if to == "json":
@@ -722,6 +728,10 @@ def export(
             patch = transformers_patch(file.model, taken.factors, regime.max_length, config, window, dtype)
             _write_text(target, json.dumps(patch, indent=2) + "\n")
             notes = taken.lines()
+        if len(file.regimes) > 1:
+            notes.append(
+                f"One regime is taken, up to {regime.max_length} tokens; {len(file.regimes) - 1} are left out."
+            )
     else:
         raise LongRopeError(f"--to is json, transformers-config or transformers, not {to!r}.")
     if as_json:

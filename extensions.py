@@ -29,12 +29,12 @@ from searcher.extension import (
     Stage,
     check_lengths,
 )
-from searcher.regimes import costs, regimes, rows
+from searcher.regimes import Place, costs, regimes, rows
 from searcher.rope import Factors
 from searcher.second import TUNED, attention_policy, stage_plan, tuning_factors
-from searcher.study import PARTS, Candidate, Score, Silent, score_generation
+from searcher.study import PARTS, WITHOUT_N_HAT, Candidate, Score, Silent, score_generation
 from storage.exports import exportable, transformers_patch
-from storage.factor_file import FactorFile, ModelIdentity, Regime, write
+from storage.factor_file import FactorFile, ModelIdentity, Regime, RegimeScore, WithoutNHat, to_json, write
 from storage.report import plan_table
 from storage.repository import Repository
 from storage.results import factors_of, regime_scores, scores
@@ -42,14 +42,14 @@ from storage.stages import FINISHED, StageRecord
 from storage.study_store import StudyStore
 from workers.accuracy import Answer, accuracy_table
 from workers.checkpoints import Checkpoint
-from workers.corpus import CorpusRequest, deal, study_windows, training_documents
-from workers.finetune import TuneRequest, tune
+from workers.corpus import CorpusRequest, absolute, deal, study_windows, training_documents
+from workers.finetune import UNFINISHED, TuneRequest, tune
 from workers.frames import KEY_VALUE, PASSKEY
 from workers.model import ModelRequest, load_model, load_tokenizer, model_digest, read_config_json, resolve_folder
 from workers.packing import pack, short_documents
 from workers.retrieval import TooShort, Trial, make_trial, tasks
 from workers.scorer import PoolRequest, describe, open_scorer
-from workers.settings import device_name, gpu_count, settle_device
+from workers.settings import device_name, free_memory, gpu_count, settle_device
 from workers.train_cluster import tune_on_cluster
 from workers.tuned import check_tuned
 
@@ -87,7 +87,7 @@ class Extension:
             "plan": self.plan.to_json(),
             "model": asdict(self.model),
             "corpus": self.corpus.to_json(),
-            "train": [str(Path(source).absolute()) if Path(source).exists() else source for source in self.train],
+            "train": [absolute(source) for source in self.train],
             "threads": self.threads,
             "pool": None if self.pool is None else asdict(self.pool),
             "out": str(self.out.absolute()),
@@ -151,37 +151,53 @@ def extend(
     started = time.monotonic()
     if not extension.out.is_dir():
         raise LongRopeError(f"--out must be a folder that exists; {extension.out} is none.")
+    if checkpoint is not None and not checkpoint.is_dir():
+        raise LongRopeError(f"--checkpoint is the folder of a whole model; {checkpoint} is none.")
+    extension = replace(extension, out=extension.out.resolve())  # workers elsewhere are told of paths in it
     if is_new:
         _create(repository, extension, console)
     stored = repository.study(extension.name).settings
     identity = ModelIdentity(**stored["identity"])
-    extension = replace(extension, corpus=CorpusRequest.from_json(stored["corpus"]))  # as it was dealt
+    extension = replace(  # as they were settled
+        extension, corpus=CorpusRequest.from_json(stored["corpus"]), model=ModelRequest(**stored["model"])
+    )
     driver = _Driver(extension, identity, console, accept_numerics)
     with repository.open_study(extension.name) as store:
         waiting = next((r for r in store.stages() if r.status != FINISHED), None)
         if checkpoint is not None and (waiting is None or not driver.stage(waiting).outside):
             raise LongRopeError(f"No stage of {extension.name} waits for a --checkpoint now; resume it without.")
+        path = extension.out / f"{extension.name}-factors.json"
         for record in store.stages():
             if record.status != FINISHED:
+                if driver.stage(record).kind == EVALUATE:  # which takes long, and changes nothing of it
+                    write(path, driver.factor_file())
                 console.rule(f"stage {record.stage + 1} of {len(driver.plan.stages)}: {driver.stage(record).name}")
                 waits = driver.run(store, record, checkpoint)
                 if waits is not None:
                     return Extended(None, None, time.monotonic() - started, waits)
                 checkpoint = None if driver.stage(record).outside else checkpoint
             driver.take(store.stage(record.stage))
-        path = extension.out / f"{extension.name}-factors.json"
         # The file first: a study that is marked finished has left its file.
         write(path, driver.factor_file())
-        store.finish({"factors": path.name, "evaluation": driver.evaluation})
+        model = driver.plan.final_model()
+        result: dict[str, Any] = {"factors": to_json(driver.factor_file()), "evaluation": driver.evaluation}
+        store.finish(
+            {**result, "model": extension.model.path if model == BASE else driver.inside(driver.folders[model])}
+        )
     return Extended(path, driver.evaluation, time.monotonic() - started)
 
 
 def _create(repository: Repository, extension: Extension, console: Console) -> None:
-    """Write the study, once everything that its stages need from outside is there."""
-    loaded = load_model(extension.model)
-    info = describe(loaded, extension.model)
+    """Write the study, once everything that its stages need from outside is there, to the last window and trial."""
+    model = extension.model
+    loaded = load_model(replace(model, device="cpu", stream_weights=False))
+    info = describe(loaded, model)
     check_lengths(extension.plan, info.spec)
-    tokenizer = load_tokenizer(resolve_folder(extension.model.path))
+    # What a tuned model is saved as may differ from its base: one dtype for all stages, so that they compare.
+    model = replace(model, dtype=str(info.profile["dtype"]))
+    del loaded
+    folder = resolve_folder(model.path, model.trust_remote_code)
+    tokenizer = load_tokenizer(folder, model.trust_remote_code)
     longest = max(stage.length for stage in extension.plan.stages)
     most = {
         part: max(counts)
@@ -189,17 +205,25 @@ def _create(repository: Repository, extension: Extension, console: Console) -> N
         if (counts := [stage.documents[part] for stage in extension.plan.stages if part in stage.documents])
     }
     dealt = deal(replace(extension.corpus, documents={**extension.corpus.documents, **most}), tokenizer, longest)
-    extension = replace(extension, corpus=replace(extension.corpus, dealt=dealt.dealt))
+    extension = replace(extension, model=model, corpus=replace(extension.corpus, dealt=dealt.dealt))
+    identity = identity_of(model, info)
+    driver = _Driver(extension, identity, console, accept_numerics=False)
     held_out: set[str] = set()
     for stage in extension.plan.stages:
-        sets = _sets(extension, stage, tokenizer, info.spec.original_length)
-        held_out |= {window.source for windows in sets.windows.values() for window in windows}
-    if extension.plan.of_kind(FINETUNE):
+        if stage.kind == EVALUATE:
+            windows = [w for length in stage.evaluation.lengths for w in driver.windows(stage, length)]
+            for length in stage.evaluation.lengths:
+                driver.trials(stage.evaluation, length)
+        else:
+            length = stage.tuning.length if stage.kind == FINETUNE else stage.length
+            sets = _sets(extension, replace(stage, length=length), tokenizer, info.spec.original_length)
+            windows = [w for found in sets.windows.values() for w in found]
+        held_out |= {window.source for window in windows}
+    if any(stage.kind == FINETUNE and not stage.outside for stage in extension.plan.stages):
         _refuse_shared(extension, tokenizer, held_out)
     console.print(plan_table(extension.plan, costs(extension.plan, info.spec)))
     planned = [(stage.kind, {"name": stage.name}) for stage in extension.plan.stages]
-    settings = {**extension.to_json(), "identity": asdict(identity_of(extension.model, info))}
-    repository.create_study(extension.name, "extension", settings, planned)
+    repository.create_study(extension.name, "extension", {**extension.to_json(), "identity": asdict(identity)}, planned)
 
 
 def _sets(extension: Extension, stage: Stage, tokenizer: Any, original_length: int) -> DocumentSets:
@@ -254,12 +278,16 @@ class _Driver:
         self.results[stage.name] = result
         if stage.kind == FINETUNE:
             folder = self.extension.out / result["model"]
-            digest = model_digest(folder)
+            digest = model_digest(folder, self.extension.model.trust_remote_code)
             if digest != result["weights_sha256"]:
                 raise LongRopeError(
                     f"The model that stage {stage.name} left in {folder} has changed; put it back, or start anew."
                 )
             self.folders[stage.name], self.weights[stage.name] = folder, digest
+            if not stage.outside:  # the result is recorded: nothing else of the stage is needed any more
+                for name in ("checkpoint-*", UNFINISHED, "ray"):
+                    for leftover in self.extension.folder(stage.name).glob(name):
+                        shutil.rmtree(leftover)
         elif stage.kind == EVALUATE:
             self.evaluation = result
         else:
@@ -334,7 +362,9 @@ class _Driver:
         windows = held_out.windows["selection"]
         documents = training_documents(self.extension.train, self.extension.corpus.text_column, self.tokenizer)
         read = {"train": [d.sha256 for d in documents], "held out": [w.document.sha256 for w in windows]}
-        self.begin(store, record, self.training_profile(), read)
+        pool = self.extension.pool
+        on_cluster = pool is not None and (pool.ray_address is not None or gpu_count() > 1)
+        self.begin(store, record, self.training_profile(on_cluster), read)
         texts = [document.tokens for document in documents]
         ends = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         short, original = None, self.spec.original_length
@@ -371,22 +401,22 @@ class _Driver:
         )
         chunks = pack(texts, tuning.length, *ends, tuning.seed)
         arguments = (request, chunks, short, [w.tokens for w in windows], on_log, on_checkpoint)
-        pool = self.extension.pool
-        if pool is not None and (pool.ray_address is not None or gpu_count() > 1):
-            folder = tune_on_cluster(*arguments, replace(pool, gpus_per_worker=None), resume)
+        if pool is not None and on_cluster:
+            folder = tune_on_cluster(*arguments, pool, resume)
         else:
             folder = tune(*arguments, resume)
+            free_memory()
         self.tuned(store, number, folder)
-        for path in work.iterdir():  # the result is recorded: nothing else is needed any more
-            if path != folder:
-                shutil.rmtree(path)
         return None
 
-    def training_profile(self) -> Mapping[str, Any]:
-        """What decides the last bits of a fine-tuning beside its settings."""
-        device = settle_device(self.extension.model.device)
+    def training_profile(self, on_cluster: bool) -> Mapping[str, Any]:
+        """What decides the last bits of a fine-tuning beside its settings; a cluster's GPUs are not known here."""
+        if on_cluster and self.extension.pool is not None:
+            device, threads = "cluster", self.extension.pool.workers
+        else:
+            device, threads = device_name(settle_device(self.extension.model.device)), self.extension.threads
         software = {name: version(name) for name in ("torch", "transformers", "accelerate")}
-        return {"device": device_name(device), "threads": self.extension.threads, **software}
+        return {"device": device, "threads": threads, **software}
 
     def from_outside(self, store: StudyStore, number: int, factors: Factors, checkpoint: Path | None) -> str | None:
         """Write what another trainer needs and wait; or take what it made."""
@@ -418,7 +448,10 @@ class _Driver:
 
     def tuned(self, store: StudyStore, number: int, folder: Path) -> None:
         """Record a tuned model."""
-        result = {"model": self.inside(folder), "weights_sha256": model_digest(folder)}
+        result = {
+            "model": self.inside(folder),
+            "weights_sha256": model_digest(folder, self.extension.model.trust_remote_code),
+        }
         store.finish_stage(number, result)
 
     def inside(self, path: Path) -> str:
@@ -463,6 +496,7 @@ class _Driver:
                             cell = cells[name].setdefault(str(length), {})
                             cell[part] = _measured(part, score, [t for t in trials[length] if t.task.kind == part])
                     self.console.print(f"{model}: {length} tokens done", highlight=False)
+            del scorer  # before the next model is loaded
         store.finish_stage(number, {"lengths": list(asked.lengths), "rows": cells})
 
     def windows(self, stage: Stage, length: int) -> tuple[Window, ...]:
@@ -479,7 +513,7 @@ class _Driver:
             tasks(KEY_VALUE, length, window, trials=asked.key_value_trials),
         ]
         found: list[Trial] = []
-        for group in planned:
+        for group in planned:  # none of a task whose prompt does not fit; other refusals come before the study begins
             with suppress(TooShort):
                 found += [make_trial(task, self.tokenizer) for task in group]
         return found
@@ -489,21 +523,27 @@ class _Driver:
         model = self.plan.final_model()
         shortest = 1 if model != BASE else self.spec.original_length + 1
         table = []
-        for place in regimes(self.plan, self.found, self.kept):
-            stage, result = self.plan.stage(place.source), self.results[place.source]
-            table.append(
-                Regime(
-                    min_length=shortest,
-                    max_length=place.longest,
-                    factors=place.factors,
-                    attention_policy=attention_policy(stage, place.factors, self.spec),
-                    scores=regime_scores(result, result["served"]) if stage.model == model else {},
-                )
-            )
+        for place in regimes(self.plan, self.spec, self.found, self.kept):
+            table.append(self.regime(place, shortest, model))
             shortest = place.longest + 1
         name = self.identity.name if model == BASE else f"{self.identity.name}-{model}"
         identity = replace(self.identity, name=name, weights_sha256=self.weights[model])
         return FactorFile(identity, tuple(table), self.provenance())
+
+    def regime(self, place: Place, shortest: int, model: str) -> Regime:
+        """One regime; scores are there where the stage that found it worked on the model that is served."""
+        policy = repr(place.factors.attention_factor)
+        found: Mapping[str, RegimeScore] = {}
+        without: WithoutNHat | None = None
+        if place.source in self.results:
+            stage, result = self.plan.stage(place.source), self.results[place.source]
+            policy = attention_policy(stage, place.factors, self.spec)
+            scored = stage.model == model and stage.length == place.longest
+            found = regime_scores(result, result["served"]) if scored else {}
+            if place.factors.n_hat and WITHOUT_N_HAT in result["factors"] and result["served"] == "searched":
+                alternative = factors_of(result, WITHOUT_N_HAT)
+                without = WithoutNHat(alternative, regime_scores(result, WITHOUT_N_HAT) if scored else {})
+        return Regime(shortest, place.longest, place.factors, policy, found, without)
 
     def provenance(self) -> dict[str, object]:
         """Where the factors come from: no time, host or path."""
@@ -525,17 +565,19 @@ class _Driver:
 
 def _measured(part: str, score: Score, trials: Sequence[Trial]) -> dict[str, Any]:
     """One cell of the evaluation's table as plain values."""
+    if score.failure is not None and part != "test":
+        return {"failure": score.failure, "by_depth": []}
     if part == "test":
         return {"nll": score.nll if math.isfinite(score.nll) else None, "tokens": score.tokens}
     answers = [
         Answer(trial.task, wrong == 0, trial.distance, trial.chance)
-        for trial, wrong in zip(trials, score.by_document, strict=False)
+        for trial, wrong in zip(trials, score.by_document, strict=True)
     ]
     return {"by_depth": [asdict(row) for row in accuracy_table(answers)]}
 
 
 def show_plan(plan: ExtensionPlan, request: ModelRequest, console: Console) -> None:
     """Print a plan with what each stage costs."""
-    info = describe(load_model(request), request)
-    check_lengths(plan, info.spec)
-    console.print(plan_table(plan, costs(plan, info.spec)))
+    spec = load_model(replace(request, device="cpu", stream_weights=False)).spec
+    check_lengths(plan, spec)
+    console.print(plan_table(plan, costs(plan, spec)))

@@ -9,6 +9,7 @@ or a baseline). Rescale factors are absolute throughout: against the model's uns
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import pairwise
@@ -24,6 +25,7 @@ SEARCH, FINETUNE, RECOVER, EVALUATE = "search", "finetune", "recover", "evaluate
 KINDS = (SEARCH, FINETUNE, RECOVER, EVALUATE)
 BASE = "base"  # the model as it came
 MAIN = "main"  # the line of stages that the extension is; others are compared with it
+STAGE_NAME = re.compile(r"\w[\w.+=@-]{0,79}")  # a stage keeps its files in a folder of its name
 
 
 @dataclass(frozen=True)
@@ -34,15 +36,13 @@ class Evaluation:
     ----------
     lengths: in tokens, ascending.
     windows: of a test document, at most.
-    stride: of the sliding window in tokens; 0 leaves sliding windows out, None takes a length's default.
     passkey_depths, passkey_trials: trials of every length are their product; 0 leaves the task out.
     key_value_trials: at each depth; 0 leaves the task out.
     baselines: rows beside the extension, of the model that is not tuned.
     """
 
     lengths: tuple[int, ...]
-    windows: int = 1
-    stride: int | None = 0
+    windows: int = 2
     passkey_depths: int = 5
     passkey_trials: int = 4
     key_value_trials: int = 7
@@ -51,6 +51,10 @@ class Evaluation:
     def __post_init__(self) -> None:
         if not self.lengths or list(self.lengths) != sorted(set(self.lengths)):
             raise LongRopeError(f"Lengths to evaluate are ascending and distinct, not {list(self.lengths)}.")
+        for name, least in (("windows", 1), ("passkey_depths", 0), ("passkey_trials", 0), ("key_value_trials", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise LongRopeError(f"{name} of an evaluation is a whole number from {least}, not {value!r}.")
         unknown = [name for name in self.baselines if name not in BASELINES]
         if unknown:
             raise LongRopeError(f"A baseline is one of {', '.join(BASELINES)}, not {unknown[0]!r}.")
@@ -121,6 +125,11 @@ class ExtensionPlan:
             raise LongRopeError(f"The plan {self.name} has no stages; it needs at least one [[stages]].")
         seen: dict[str, Stage] = {}
         for stage in self.stages:
+            if not STAGE_NAME.fullmatch(stage.name):
+                raise LongRopeError(
+                    "A stage's name is a folder's: up to 80 letters, digits and any of . _ - + = @, the first of them "
+                    f"a letter or digit, not {stage.name!r}."
+                )
             if stage.name in (*seen, BASE, *BASELINES):
                 raise LongRopeError(f"Two stages are named {stage.name!r}, or it means something else; give it a name.")
             if stage.model != BASE and (stage.model not in seen or seen[stage.model].kind != FINETUNE):
@@ -195,13 +204,21 @@ def check_lengths(plan: ExtensionPlan, spec: RopeSpec) -> None:
     Raises
     ------
     LongRopeError
-        A search or a tuning within the original length, or tunings that do not grow.
+        A search or a tuning within the original length, one under factors of a shorter length, or tunings that do not
+        grow.
     """
     for stage in plan.stages:
         if stage.kind in (SEARCH, FINETUNE) and stage.length <= spec.original_length and stage.factors != "none":
             raise LongRopeError(
                 f"Stage {stage.name} is of {stage.length} tokens, within the trained window of {spec.original_length}; "
                 "give it a longer length."
+            )
+    lengths = {stage.name: stage.length for stage in plan.stages}
+    for stage in plan.of_kind(FINETUNE):
+        if lengths.get(str(stage.factors), stage.length) < stage.length:
+            raise LongRopeError(
+                f"The fine-tuning {stage.name} is for {stage.length} tokens, but its factors are those of "
+                f"{stage.factors}, found for {lengths[str(stage.factors)]}; search at its length first."
             )
     for before, after in pairwise(plan.of_kind(FINETUNE)):
         if after.length < before.length:

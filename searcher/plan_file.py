@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,14 @@ from searcher.errors import LongRopeError
 from searcher.extension import BASE, EVALUATE, FINETUNE, KINDS, MAIN, RECOVER, SEARCH, Evaluation, ExtensionPlan, Stage
 from searcher.plan import DEFAULT_PRESET, SearchSettings, parse_length, preset, settled
 from searcher.space import N_HATS
+from searcher.study import PARTS, REFINE
 from searcher.tuning import Tuning
 
 BUILT_IN = Path(__file__).parent / "plans"
 COMPARE = "compare"
 TOKENS = "tokens"  # of a chunk
 STAGE_KEYS = ("kind", "name", "length", "model", "factors", "documents", "windows", "outside")
+EVALUATE_KEYS = ("kind", "name")
 SEARCH_KEYS = (
     *("preset", "seed", "attention_factor", "n_hats", "upper_ratio", "finalists", "sampler", "racing", "critical"),
     *("evolution", "refinement"),
@@ -58,7 +60,7 @@ def read_plan(where: str, original_length: int, seed: int | None = None) -> Exte
         No such plan, not TOML, or a stage that is not valid: the message names it.
     """
     path = Path(where)
-    if not path.suffix and not path.exists():
+    if not path.suffix and not path.is_file():
         path = BUILT_IN / f"{where}.toml"
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -120,14 +122,17 @@ def _known(table: Mapping[str, Any], keys: tuple[str, ...], where: str) -> None:
 
 
 def _stage(kind: str, table: dict[str, Any], before: list[Stage], original_length: int, where: str) -> Stage:
-    own = {key: table.pop(key) for key in STAGE_KEYS if key in table}
+    taken = EVALUATE_KEYS if kind == EVALUATE else STAGE_KEYS
+    own = {key: table.pop(key) for key in taken if key in table}
     tuned = [stage for stage in before if stage.kind == FINETUNE and stage.line == MAIN]
     searched = [stage for stage in before if stage.kind == SEARCH]
     model = own.get("model", tuned[-1].name if tuned else BASE)
     factors = own.get("factors")
     if kind == EVALUATE:
         evaluation = _evaluation(table, original_length, where)
-        return Stage(own.get("name", EVALUATE), kind, evaluation.lengths[-1], evaluation, model)
+        return Stage(str(own.get("name", EVALUATE)), kind, evaluation.lengths[-1], evaluation, model)
+    if kind != FINETUNE and "outside" in own:
+        raise LongRopeError("only a fine-tuning can be outside.")
     if "length" not in own:
         raise LongRopeError("a length is missing, such as length = 4096 or length = '8x'.")
     length = parse_length(str(own["length"]), original_length)
@@ -159,8 +164,13 @@ def _stage(kind: str, table: dict[str, Any], before: list[Stage], original_lengt
 
 
 def _counts(table: Any, key: str) -> dict[str, int]:
-    if not isinstance(table, dict) or not all(isinstance(n, int) and not isinstance(n, bool) for n in table.values()):
-        raise LongRopeError(f"{key} holds a number by part, such as {key} = {{ search = 5, test = 8 }}.")
+    parts = (*PARTS, REFINE) if key == "windows" else PARTS
+    if not isinstance(table, dict) or any(
+        part not in parts or not isinstance(n, int) or isinstance(n, bool) or n < 1 for part, n in table.items()
+    ):
+        raise LongRopeError(
+            f"{key} holds a number from 1 by part ({', '.join(parts)}), such as {key} = {{ search = 5, test = 8 }}."
+        )
     return dict(table)
 
 
@@ -170,6 +180,10 @@ def _search(kind: str, table: dict[str, Any], length: int, where: str) -> Search
     if racing is not None and not isinstance(racing, bool):
         raise LongRopeError(f"racing is true or false, not {racing!r}.")
     n_hats = tuple(sorted({int(n) for n in table.get("n_hats", N_HATS)}))
+    for key in ("upper_ratio", "finalists", "seed"):
+        value = table.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value < 0):
+            raise LongRopeError(f"{key} is a number, not {value!r}.")
     name = str(table.get("preset", DEFAULT_PRESET))
     # A short length is served best under an attention factor of its own; the paper's algorithm has no gradient.
     learns = True if kind == RECOVER and preset(name).refinement is not None else None
@@ -214,7 +228,7 @@ def _compared(table: Mapping[str, Any], before: list[Stage], where: str) -> list
     for method in methods:
         model = BASE
         for stage in tunings:
-            name = f"{stage.name}-{method}"
-            stages.append(Stage(name, FINETUNE, stage.length, stage.settings, model, str(method), line=str(method)))
-            model = name
+            again = replace(stage, name=f"{stage.name}-{method}", model=model, factors=str(method), line=str(method))
+            stages.append(again)
+            model = again.name
     return stages

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import zip_longest
 
 from searcher.baselines import BASELINES
 from searcher.extension import BASE, FINETUNE, RECOVER, SEARCH, Evaluation, ExtensionPlan
@@ -26,7 +27,7 @@ class Place:
     factors: Factors
 
 
-def regimes(plan: ExtensionPlan, found: Mapping[str, Factors], kept: Sequence[str]) -> list[Place]:
+def regimes(plan: ExtensionPlan, spec: RopeSpec, found: Mapping[str, Factors], kept: Sequence[str]) -> list[Place]:
     """The regimes of the extended model, ascending: recovered lengths, the tuned length, the searches beyond it.
 
     Parameters
@@ -35,17 +36,26 @@ def regimes(plan: ExtensionPlan, found: Mapping[str, Factors], kept: Sequence[st
     kept: the recoveries that won on their selection documents.
     """
     model = plan.final_model()
-    by_length: dict[int, str] = {}
+    places: dict[int, Place] = {}
     if model != BASE:
         last = plan.stage(model)
-        by_length[last.length] = str(last.factors)
+        tuned = Place(last.length, str(last.factors), tuning_factors(last, spec, found))
+        places[last.length] = tuned
+        # Where a recovery lost, what it lost to goes on serving, though a longer one may have won.
+        for stage in plan.of_kind(RECOVER):
+            if stage.model == model and stage.name in found:
+                won = Place(stage.length, stage.name, found[stage.name])
+                places[stage.length] = won if stage.name in kept else replace(tuned, longest=stage.length)
     for stage in plan.of_kind(SEARCH):
         if stage.model == model and stage.name in found:
-            by_length[stage.length] = stage.name
-    for stage in plan.of_kind(RECOVER):
-        if stage.model == model and stage.name in kept and stage.name in found:
-            by_length[stage.length] = stage.name
-    return [Place(length, by_length[length], found[by_length[length]]) for length in sorted(by_length)]
+            places[stage.length] = Place(stage.length, stage.name, found[stage.name])
+    ascending = [places[length] for length in sorted(places)]
+    return [place for place, after in zip_longest(ascending, ascending[1:]) if not _same(place, after)]
+
+
+def _same(place: Place, after: Place | None) -> bool:
+    """Whether the next regime is the same again, for longer."""
+    return after is not None and (place.source, place.factors) == (after.source, after.factors)
 
 
 @dataclass(frozen=True)
@@ -93,9 +103,9 @@ def rows(
         table.append(Row(f"{line}, tuned", last.name, beyond))
     model = plan.final_model()
     if model != BASE:
-        without = regimes(plan, found, ())
+        without = regimes(plan, spec, found, ())
         table.append(Row("longrope, without recovery", model, {n: serving(without, n) for n in lengths}))
-        served = regimes(plan, found, kept)
+        served = regimes(plan, spec, found, kept)
         table.append(Row("longrope", model, {n: serving(served, n) for n in lengths}))
     return table
 

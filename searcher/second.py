@@ -44,7 +44,7 @@ def recovery_plan(settings: SearchSettings, spec: RopeSpec, tuned: Factors, stag
     tuned: what the model was tuned at; one list for all layers.
     """
     (lambdas,) = tuned.by_layer()
-    space = SearchSpace(spec.pairs, GRID, max(GRID, math.ceil(max(lambdas) * GRID)), _within(settings))
+    space = SearchSpace(spec.pairs, GRID, max(GRID, math.ceil(round(max(lambdas) * GRID, 6))), _within(settings))
     plain = Factors((1.0,) * spec.pairs)
     seeds = {TUNED: tuned, "none": plain}
     for power in SCALED_DOWN:

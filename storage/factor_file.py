@@ -147,6 +147,25 @@ def write(path: Path, file: FactorFile) -> None:
         raise LongRopeError(f"The factor file {path} cannot be written: {error.strerror or error}.") from error
 
 
+def to_json(file: FactorFile) -> dict[str, object]:
+    """The file as JSON values; ``from_json`` gives an equal one back."""
+    return _document(file)
+
+
+def from_json(document: object) -> FactorFile:
+    """A factor file from JSON values, checked.
+
+    Raises
+    ------
+    LongRopeError
+        A field is not valid.
+    """
+    try:
+        return _parse(document)
+    except Fault as fault:
+        raise LongRopeError(f"This is not a valid factor file: {fault}.") from fault
+
+
 def read(path: Path) -> FactorFile:
     """Read and check a factor file.
 

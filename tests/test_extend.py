@@ -173,6 +173,23 @@ def test_people_see_stages_and_tables(extension: Extension, longrope_in: Longrop
     assert "nothing to resume" in again.err
 
 
+def test_it_is_exported_like_any_study(extension: Extension, longrope_in: Longrope) -> None:
+    storage = "--storage=sqlite:///store.db"
+    ended = longrope_in(extension.folder, "export", "far", storage, "--out=again.json")
+    assert ended.status == 0, ended.err
+    assert (extension.folder / "again.json").read_bytes() == (extension.folder / "far-factors.json").read_bytes()
+    regime = read(extension.folder / "far-factors.json").regimes[-1]
+    ended = longrope_in(extension.folder, "export", "far", storage, "--to=transformers", "--out=served")
+    if regime.factors.n_hat and regime.without_n_hat is None:
+        assert ended.status == 1
+        return
+    assert ended.status == 0, ended.err
+    assert "are left out" in ended.out
+    tuned = load_file(extension.folder / "far" / "finetune-128" / "model" / "model.safetensors")
+    served = load_file(extension.folder / "served" / "model.safetensors")
+    assert all(torch.equal(served[name], value) for name, value in tuned.items())
+
+
 @pytest.fixture
 def waiting(tiny_llama_folder: Path, text_folder: Path, longrope: Longrope, tmp_path: Path) -> tuple[Ended, Path]:
     """An extension that has come to its outside stage."""

@@ -77,7 +77,7 @@ class CorpusRequest:
         """Plain values; ``from_json`` gives an equal object back. Paths become absolute, so resume works anywhere."""
         data = asdict(self)
         for name in ("sources", "selection", "test"):
-            data[name] = [_absolute(source) for source in data[name]]
+            data[name] = [absolute(source) for source in data[name]]
         return data
 
     @classmethod
@@ -114,7 +114,7 @@ class CorpusRequest:
         }
 
 
-def _absolute(source: str) -> str:
+def absolute(source: str) -> str:
     """A path or a glob from the root; what starts with ``~`` and names of datasets mean the same anywhere."""
     is_glob = glob.has_magic(source) and not HUB_NAME.fullmatch(source)
     if not source.startswith("~") and (is_glob or Path(source).exists()):

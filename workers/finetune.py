@@ -202,7 +202,7 @@ def _train(
     original = loaded.spec.original_length
     if short_chunks is not None and short_chunks.length != original:
         raise LongRopeError(f"Short windows have the original length, {original} tokens, not {short_chunks.length}.")
-    set_seed(request.tuning.seed)
+    set_seed(request.tuning.seed % 2**32)  # numpy takes no more
     model = loaded.model if request.tuning.lora_rank is None else _with_lora(loaded.model, request.tuning)
     with trained_under(loaded, request.factors, request.tuning.gradient_checkpointing):
         trainer = Trainer(
@@ -223,7 +223,8 @@ def _measured(logs: Mapping[str, float], step: int) -> dict[str, float]:
         values["held_out_perplexity"] = math.exp(min(logs["eval_loss"], 700.0))
     if not all(math.isfinite(value) for value in values.values()):
         raise LongRopeError(
-            f"The loss is not finite at step {step}; lower the learning rate, or tune with dtype float32."
+            f"The loss is not finite at step {step}; start anew from a plan with a lower learning rate, or with dtype "
+            "float32."
         )
     return values
 
@@ -265,7 +266,7 @@ def _arguments(request: TuneRequest, evaluated: bool, resume: Checkpoint | None)
         max_grad_norm=tuning.max_grad_norm,
         optim=tuning.optimizer,
         bf16=tuning.dtype == "bfloat16",
-        seed=tuning.seed,
+        seed=tuning.seed % 2**32,
         save_strategy="steps",
         save_steps=tuning.save_every,
         eval_strategy="steps" if evaluated else "no",

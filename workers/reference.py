@@ -94,4 +94,5 @@ def training_files() -> list[Path]:
 
 def library_files() -> list[Path]:
     """The training files that are not tests: what is tuned on. Some tests are in odd encodings, or not shipped."""
-    return [path for path in training_files() if not {"test", "tests", "idle_test"} & set(path.parts)]
+    root = stdlib_dir()
+    return [path for path in training_files() if not {"test", "tests", "idle_test"} & {*path.relative_to(root).parts}]

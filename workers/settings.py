@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import platform
 import re
 from pathlib import Path
@@ -130,6 +131,13 @@ def settle_device(device: str) -> torch.device:
 def gpu_count() -> int:
     """GPUs of this machine."""
     return torch.cuda.device_count()
+
+
+def free_memory() -> None:
+    """Give back what a GPU holds for objects that are gone: the next stage's workers may be other processes."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def device_name(device: torch.device) -> str:

@@ -57,10 +57,13 @@ def check_tuned(folder: Path, base: Path, trust_remote_code: bool = False) -> No
 
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor in a folder's safetensors files, read from their headers."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     shapes = {}
     for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="np") as file:
-            shapes.update({name: tuple(file.get_slice(name).get_shape()) for name in file.keys()})  # noqa: SIM118
+        try:
+            with safe_open(path, framework="np") as file:
+                shapes.update({name: tuple(file.get_slice(name).get_shape()) for name in file.keys()})  # noqa: SIM118
+        except SafetensorError as error:
+            raise LongRopeError(f"{path} cannot be read as safetensors, it may be cut off: {error}.") from error
     return shapes

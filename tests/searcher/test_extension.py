@@ -121,18 +121,31 @@ def test_a_comparison_is_the_same_tunings_in_a_row_under_other_factors() -> None
 
 
 def test_the_regimes_are_recovered_lengths_that_won_then_the_tuned_length_then_the_searches_beyond() -> None:
-    assert regimes(PLAN, FOUND, ()) == [
+    assert regimes(PLAN, SPEC, FOUND, ()) == [
         Place(2048, "search-2048", FOUND["search-2048"]),
         Place(8192, "search-8192", FOUND["search-8192"]),
     ]
-    sources = [(place.longest, place.source) for place in regimes(PLAN, FOUND, ["recover-256", "recover-512"])]
+    sources = [(place.longest, place.source) for place in regimes(PLAN, SPEC, FOUND, ["recover-256", "recover-512"])]
     assert sources == [(256, "recover-256"), (512, "recover-512"), (2048, "search-2048"), (8192, "search-8192")]
-    assert [place.longest for place in regimes(PLAN, FOUND, ["recover-512"])] == [512, 2048, 8192]
+    # The shorter one lost to the tuned factors, which go on serving there.
+    sources = [(place.longest, place.source) for place in regimes(PLAN, SPEC, FOUND, ["recover-512"])]
+    assert sources == [(256, "search-2048"), (512, "recover-512"), (2048, "search-2048"), (8192, "search-8192")]
+    sources = [(place.longest, place.source) for place in regimes(PLAN, SPEC, FOUND, ["recover-256"])]
+    assert sources == [(256, "recover-256"), (2048, "search-2048"), (8192, "search-8192")]
+
+
+def test_a_model_tuned_under_a_baseline_is_served_by_it() -> None:
+    stages = [{"kind": "finetune", "length": "8x", "factors": "yarn", "steps": 30}]
+    plan = parse_plan({"stages": [*stages, {"kind": "search", "length": "16x"}]}, "p", 256)
+    places = regimes(plan, SPEC, {"search-4096": FOUND["search-8192"]}, ())
+    assert [(place.longest, place.source) for place in places] == [(2048, "yarn"), (4096, "search-4096")]
+    assert places[0].factors == yarn(SPEC, 8)
+    assert len(costs(plan, SPEC)) == 2
 
 
 def test_a_plan_without_tuning_serves_what_was_searched_on_the_base() -> None:
     plan = ExtensionPlan("p", (PLAN.stages[0], PLAN.stage("untuned-8x")))
-    assert [place.source for place in regimes(plan, FOUND, ())] == ["search-1024", "untuned-8x"]
+    assert [place.source for place in regimes(plan, SPEC, FOUND, ())] == ["search-1024", "untuned-8x"]
 
 
 @given(st.lists(st.integers(1, 500), min_size=1, unique=True), st.integers(1, 600))
@@ -249,7 +262,16 @@ def changed(number: int, **values: object) -> dict[str, object]:
         (changed(0, presets="quick"), "does not know 'presets'"),
         (changed(0, preset="best"), "one of refined, paper"),
         (changed(0, racing="yes"), "true or false"),
-        (changed(0, documents={"search": "5"}), "a number by part"),
+        (changed(0, documents={"search": "5"}), "a number from 1 by part"),
+        (changed(0, documents={"tset": 5}), "a number from 1 by part"),
+        (changed(0, windows={"test": 0}), "a number from 1 by part"),
+        (changed(0, upper_ratio="x"), "upper_ratio is a number"),
+        (changed(0, outside=True), "only a fine-tuning can be outside"),
+        (changed(0, name="../elsewhere"), "A stage's name is a folder's"),
+        (changed(0, name=""), "A stage's name is a folder's"),
+        (changed(3, windows=0), "windows of an evaluation is a whole number"),
+        (changed(3, passkey_trials="4"), "passkey_trials of an evaluation"),
+        (changed(3, documents={"test": 3}), "does not know 'documents'"),
         (changed(0, evolution={"size": 3}), "size"),
         (changed(0, name="base"), "give it a name"),
         (changed(0, model="search-1024"), "a fine-tuning stage before it"),
@@ -295,6 +317,10 @@ def test_a_plan_that_is_not_there_or_no_toml_is_refused(tmp_path: Path) -> None:
                 {"kind": "finetune", "length": "4x", "factors": "yarn", "steps": 30},
             ],
             "from shorter to longer",
+        ),
+        (
+            [{"kind": "search", "length": "4x"}, {"kind": "finetune", "length": "8x", "steps": 30}],
+            "search at its length first",
         ),
     ],
 )

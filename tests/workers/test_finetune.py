@@ -446,7 +446,7 @@ def test_without_factors_a_stage_is_direct_fine_tuning(base: Path, tmp_path: Pat
 
 
 def test_a_loss_that_is_not_finite_ends_the_stage_with_advice(base: Path, tmp_path: Path) -> None:
-    with pytest.raises(LongRopeError, match=r"not finite at step .* lower the learning rate"):
+    with pytest.raises(LongRopeError, match=r"not finite at step .* a lower learning rate"):
         Driver().run(request(base, tmp_path, learning_rate=1e30, warmup=0), held_out=[])
 
 
