@@ -25,6 +25,7 @@ TokenArray = npt.NDArray[np.uint32]
 
 ON_DISK = np.dtype("<u4")
 CHECKSUM_WORDS = 8  # a cache file is the SHA-256 of its tokens, then the tokens
+MAPPED_FROM = 2**20  # bytes of a token file that is mapped, not read
 LENGTHS_SHOWN = 8  # of the longest documents, where too few are long enough
 
 
@@ -192,13 +193,16 @@ def _cached_tokens(path: Path, text: str, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def _map_tokens(path: Path) -> TokenArray | None:
-    """None where there is no such file, or a damaged one."""
+    """None where there is no such file, or a damaged one. A small file is read: a mapping keeps a descriptor open."""
     try:
-        words: TokenArray = np.memmap(path, dtype=ON_DISK, mode="r")
+        size = path.stat().st_size
+        small = size < MAPPED_FROM and size % np.dtype(ON_DISK).itemsize == 0
+        words: TokenArray = np.fromfile(path, dtype=ON_DISK) if small else np.memmap(path, dtype=ON_DISK, mode="r")
     except FileNotFoundError:
         return None
     except ValueError:  # empty, or not whole tokens
         return None
+    words.setflags(write=False)
     checksum, tokens = words[:CHECKSUM_WORDS], words[CHECKSUM_WORDS:]
     return tokens if checksum.tobytes() == hashlib.sha256(tokens.data).digest() else None
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import platform
-import secrets
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +21,7 @@ from searcher.study import Outcome, Unit
 from workers import engine
 from workers.model import LoadedModel, ModelInfo, ModelRequest, load_model, model_digest, resolve_folder
 from workers.perplexity import SCORER_VERSION, logits_at_once, logits_step, negative_log_likelihood, wrong_tokens
-from workers.settings import MIN_CHUNK
+from workers.settings import MIN_CHUNK, prepare_local_ray
 from workers.weights import SharedWeights
 
 if TYPE_CHECKING:
@@ -161,14 +160,8 @@ def open_scorer(request: ModelRequest, tokens: Tokens, pool: PoolRequest | None)
     if pool is None:
         yield LocalScorer(request, tokens)
         return
-    # Read when ray is imported and its processes start. A cluster of our own speaks on the loopback interface only,
-    # needs a token that no other user of the machine has, and does not yield to everything else that runs: Ray's
-    # default niceness of 15 makes workers ten times slower beside two busy processes on two cores.
     if pool.ray_address is None:
-        os.environ.setdefault("RAY_worker_niceness", "0")
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        prepare_local_ray()
     from workers.pool import RayScorer
 
     scorer = RayScorer(request, tokens, pool)

@@ -9,6 +9,8 @@ checkpoint until the driver has recorded it. Ray is not asked to try again: what
 
 from __future__ import annotations
 
+import math
+import signal
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -20,6 +22,7 @@ from workers.checkpoints import Checkpoint
 from workers.finetune import MODEL, OnCheckpoint, OnLog, TuneRequest, tune
 from workers.packing import ChunkSource, TokenArray
 from workers.scorer import PoolRequest
+from workers.settings import prepare_local_ray
 
 POLL = 0.5  # seconds between looks at whether the workers are still there
 
@@ -39,29 +42,42 @@ def tune_on_cluster(
     Parameters
     ----------
     request: its folders must be seen at the same paths by the driver and all workers; its device is the pool's.
-    pool: how many workers, each on one GPU or on ``request.threads`` CPU cores, and on which cluster; without an
-        address one is started here, or the one that this process has joined already is used.
+    pool: at most how many workers, each on one GPU or on ``request.threads`` CPU cores, and on which cluster; without
+        an address one is started here, or the one that this process has joined already is used. As many are taken as
+        divide the batch. A share of a GPU is a whole one here.
 
     Raises
     ------
     LongRopeError
         As ``tune``; or the cluster has too little room, or a worker was lost.
     """
+    if pool.ray_address is None:
+        prepare_local_ray()
     import ray
 
     from workers.actor import join_cluster, settle, start_cluster
 
     joined = ray.is_initialized()
-    if not joined and pool.ray_address is None:
-        start_cluster((pool.workers or 1) * request.threads)
-    elif not joined:
-        join_cluster(str(pool.ray_address))
+    terminated = signal.getsignal(signal.SIGTERM)
     try:
-        gpus, workers = settle(pool, request.threads)
-        if 0 < gpus < 1:
-            raise LongRopeError(f"A worker that tunes needs a GPU of its own, not {gpus:g} of one.")
+        if not joined and pool.ray_address is None:
+            start_cluster((pool.workers or 1) * request.threads)
+        elif not joined:
+            join_cluster(str(pool.ray_address))
+    finally:
+        signal.signal(signal.SIGTERM, terminated)  # Ray puts a handler of its own in its place
+    try:
+        share = pool.gpus_per_worker
+        gpus, room = settle(PoolRequest(None, None if share is None else math.ceil(share)), 1)
+        threads = 1 if gpus else request.threads
+        if not gpus:
+            _, room = settle(PoolRequest(None, 0), threads)
+        workers = min(pool.workers or room, room)
+        while request.tuning.micro_steps % workers:
+            workers -= 1
         placed = replace(
             request,
+            threads=threads,
             model=str(Path(request.model).resolve()) if Path(request.model).is_dir() else request.model,
             work=request.work.resolve(),
             device="cuda" if gpus else "cpu",

@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from searcher.errors import LongRopeError
 from searcher.study import PARTS
 from tests.limits import files_no_larger_than
+from workers import dataset
 from workers.dataset import (
     DEFAULT_QUOTAS,
     DocumentSets,
@@ -74,9 +75,11 @@ def cache_files(cache: Path) -> dict[Path, tuple[int, int]]:
 # Tokens and their cache.
 
 
-def test_tokens_are_the_tokenisers_own_without_bos_and_mapped(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+@pytest.mark.parametrize("mapped_from", [0, dataset.MAPPED_FROM])
+def test_tokens_are_the_tokenisers_own_without_bos_and_mapped_where_they_are_many(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, mapped_from: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(dataset, "MAPPED_FROM", mapped_from)
     documents = tokenise(iter(TEXTS), tokenizer, tmp_path)
     assert [d.name for d in documents] == [t.name for t in TEXTS]
     for document, text in zip(documents, TEXTS, strict=True):
@@ -84,7 +87,7 @@ def test_tokens_are_the_tokenisers_own_without_bos_and_mapped(
         np.testing.assert_array_equal(document.tokens, np.array(ids, np.uint32), strict=True)
         assert 0 not in ids
         assert document.sha256 == hashlib.sha256(text.content.encode()).hexdigest()
-        assert isinstance(document.tokens, np.memmap)
+        assert isinstance(document.tokens, np.memmap) == (mapped_from == 0)
         with pytest.raises(ValueError, match="read-only"):
             document.tokens[0] = 1
 
