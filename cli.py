@@ -802,6 +802,7 @@ def show_study(
     repository = Repository(storage, create=False)
     record = repository.study(study)
     rows, stages = repository.generations(study), repository.stages(study)
+    logs = {stage.stage: repository.training_log(study, stage.stage) for stage in stages if stage.kind == "finetune"}
     if as_json:
         shown = {key: value for key, value in asdict(record).items() if key not in ("created_at", "updated_at")}
         _print_json(
@@ -810,6 +811,7 @@ def show_study(
                 "candidates": len(rows),
                 "cost": asdict(repository.cost(study)),
                 "stages": [_dated(asdict(stage), "started_at", "finished_at") for stage in stages],
+                "training": _with_text_keys(logs),
                 "failures": [row.failure for row in rows if row.failure],
             }
         )
@@ -817,7 +819,7 @@ def show_study(
     console = _console()
     console.print(f"{study}: {record.status}, {record.settings['model']['path']}", highlight=False, soft_wrap=True)
     if stages:
-        console.print(stages_table(stages))
+        console.print(stages_table(stages, logs))
         for table in extension_table((record.result or {}).get("evaluation") or {"lengths": [], "rows": {}}):
             console.print(table)
     console.print(progress_table(rows, repository.cost(study)))

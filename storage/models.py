@@ -152,19 +152,6 @@ class TrainingLogRow(Base):
     value: Mapped[float | None] = mapped_column(Double)  # NULL: what SQLite makes of NaN
 
 
-class MeasurementRow(Base):
-    """What an evaluation of a stage measured."""
-
-    __tablename__ = "longrope_measurements"
-    __table_args__ = (_of_a_stage(),)
-
-    study_id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
-    stage: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
-    key: Mapped[str] = mapped_column(String(64), primary_key=True)
-    place: Mapped[dict[str, Any]] = mapped_column(Json)
-    value: Mapped[Any | None] = mapped_column(Json)
-
-
 class CandidateRow(Base):
     """Factors to be scored, as a member of a generation."""
 

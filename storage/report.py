@@ -29,6 +29,7 @@ METHOD_NAMES = {
     "searched": "searched",
     "searched_n_hat_0": "searched, n_hat = 0",
 }
+TrainingLog = Mapping[str, Mapping[int, float]]  # name -> step -> value
 # Part of an evaluation -> the title of its table.
 RETRIEVAL = {
     "passkey": "Passkey: right of all trials",
@@ -91,14 +92,16 @@ def plan_table(plan: ExtensionPlan, costs: Sequence[StageCost]) -> Table:
     return table
 
 
-def stages_table(stages: Sequence[StageRecord]) -> Table:
-    """One row a stage of an extension: how far it is, and when it ran."""
+def stages_table(stages: Sequence[StageRecord], logs: Mapping[int, TrainingLog]) -> Table:
+    """One row a stage of an extension: how far it is, when it ran, and what a fine-tuning did to held-out text."""
     table = Table(title="Stages", title_justify="left")
-    for column in ("stage", "name", "kind", "status", "begun (UTC)", "finished (UTC)"):
+    for column in ("stage", "name", "kind", "status", "begun (UTC)", "finished (UTC)", "held-out perplexity"):
         table.add_column(column)
     for s in stages:
+        held_out = list(logs.get(s.stage, {}).get("held_out_perplexity", {}).values())
+        tuned = f"{held_out[0]:.3f} to {held_out[-1]:.3f}" if held_out else ""
         moments = [f"{moment:%Y-%m-%d %H:%M}" if moment else "" for moment in (s.started_at, s.finished_at)]
-        table.add_row(str(s.stage + 1), str(s.settings.get("name", "")), s.kind, s.status, *moments)
+        table.add_row(str(s.stage + 1), str(s.settings.get("name", "")), s.kind, s.status, *moments, tuned)
     return table
 
 

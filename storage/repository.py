@@ -21,7 +21,7 @@ from storage.cost import Cost, TrajectoryPoint
 from storage.database import WRITES, connect, explained, parse
 from storage.models import JSON, CandidateRow, Evaluation, StageRow, Study, UnitRow, now
 from storage.progress import CurrentStage, ScoredCandidate, StudySummary
-from storage.stages import FINISHED, RUNNING, WAITING, Checkpoint, Measurement, StageRecord
+from storage.stages import FINISHED, RUNNING, WAITING, Checkpoint, StageRecord
 from storage.study_store import StudyStore
 
 STOPPED = "stopped"  # which the store itself does not know
@@ -30,7 +30,6 @@ __all__ = [
     "Checkpoint",
     "Cost",
     "CurrentStage",
-    "Measurement",
     "Repository",
     "ScoredCandidate",
     "StageRecord",
@@ -200,17 +199,6 @@ class Repository:
         """
         with self._reading() as session:
             return stages.training_log(session, _find(session, name).id, stage)
-
-    def measurements(self, name: str, stage: int) -> dict[str, Measurement]:
-        """What an evaluation measured so far, by key.
-
-        Raises
-        ------
-        LongRopeError
-            There is no study of this name.
-        """
-        with self._reading() as session:
-            return stages.measurements(session, _find(session, name).id, stage)
 
     def generations(self, name: str) -> list[ScoredCandidate]:
         """Every candidate of a study with its score, stage by stage, in the order in which they were asked for.

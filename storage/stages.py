@@ -15,7 +15,7 @@ from sqlalchemy import delete, insert, select
 from sqlalchemy.orm import Session
 
 from searcher.errors import LongRopeError
-from storage.models import JSON, CandidateRow, CheckpointRow, MeasurementRow, StageRow, Study, TrainingLogRow, now
+from storage.models import JSON, CandidateRow, CheckpointRow, StageRow, Study, TrainingLogRow, now
 
 Transactions: TypeAlias = "Callable[[], AbstractContextManager[Session]]"
 
@@ -63,19 +63,6 @@ class Checkpoint:
     path: Path
     sha256: str
     created_at: datetime
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """One figure of an evaluation, or several that belong together.
-
-    Attributes
-    ----------
-    place: where it belongs in the tables: method, length, task and so on.
-    """
-
-    place: dict[str, Any]
-    value: Any
 
 
 class StageStore:
@@ -211,22 +198,6 @@ class StageStore:
             session.execute(delete(TrainingLogRow).where(*here, TrainingLogRow.name.in_(list(values))))
             session.execute(insert(TrainingLogRow), rows)
 
-    def record_measurement(self, stage: int, key: str, place: Mapping[str, JSON], value: JSON) -> None:
-        """Keep a measurement of an evaluation; one of the same key is replaced.
-
-        Parameters
-        ----------
-        key: SHA-256 of everything that decides the value, in hexadecimal.
-        """
-        row = MeasurementRow(study_id=self._study_id, stage=stage, key=key, place=stored(place), value=stored(value))
-        with self._writing() as session:
-            session.merge(row)
-
-    def measurements(self, stage: int) -> dict[str, Measurement]:
-        """What a stage has measured so far, by key."""
-        with self._reading() as session:
-            return measurements(session, self._study_id, stage)
-
     def _row(self, session: Session, stage: int) -> StageRow:
         row = session.get(StageRow, (self._study_id, stage))
         if row is None:
@@ -309,11 +280,3 @@ def training_log(session: Session, study_id: int, stage: int) -> dict[str, dict[
     for row in sorted(session.scalars(query), key=lambda row: (row.name, row.step)):
         found.setdefault(row.name, {})[row.step] = math.nan if row.value is None else row.value
     return found
-
-
-def measurements(session: Session, study_id: int, stage: int) -> dict[str, Measurement]:
-    """What an evaluation measured, by key; in the order of the keys, whatever the order of measuring."""
-    query = select(MeasurementRow).where(MeasurementRow.study_id == study_id, MeasurementRow.stage == stage)
-    # Sorted here, as above: how a database sorts text depends on its locale.
-    rows = sorted(session.scalars(query), key=lambda row: row.key)
-    return {row.key: Measurement(row.place, row.value) for row in rows}

@@ -168,6 +168,9 @@ def test_people_see_stages_and_tables(extension: Extension, longrope_in: Longrop
         assert text in shown
     found = json.loads(longrope_in(extension.folder, "studies", "show", "far", storage, "--json").out)
     assert [stage["status"] for stage in found["stages"]] == ["finished"] * 6
+    held_out = found["training"]["1"]["held_out_perplexity"]
+    assert list(held_out) == ["0", "2", "4"]
+    assert f"{held_out['0']:.3f} to {held_out['4']:.3f}" in " ".join(shown.split())
     again = longrope_in(extension.folder, "resume", "far", storage)
     assert again.status == 1
     assert "nothing to resume" in again.err
@@ -238,6 +241,23 @@ def test_what_cannot_be_extended_is_refused_in_one_line(
         assert (ended.status, ended.err.count("\n")) == (1, 1), ended.err
         assert message in ended.err
         assert "far" not in longrope("studies", "--storage=sqlite:///store.db").out
+
+
+def test_the_smoke_plan_extends_the_reference_model(longrope: Longrope, tmp_path: Path) -> None:
+    """Every kind of stage on real text; what it should show even so small."""
+    options = ("--in-process", "--threads=2", "--tuning-threads=2", "--study=s", f"--out={tmp_path}", "--json")
+    ended = longrope("extend", "smoke", "--storage=sqlite:///s.db", *options)
+    assert ended.status == 0, ended.err
+    rows = json.loads(ended.out)["result"]["rows"]
+    nats = {name: cells["1024"]["test"]["nll"] for name, cells in rows.items() if "1024" in cells}
+    assert min(nats, key=lambda name: nats[name]).startswith("longrope")
+    for length in ("128", "256"):
+        (whole,) = [row for row in rows["none"][length]["passkey"]["by_depth"] if row["depth"] is None]
+        assert whole["accuracy"] == 1
+    tuned = apply_factors(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "s" / "finetune-512" / "model"), tmp_path / "s-factors.json"
+    )
+    tuned.remove()
 
 
 def test_a_plan_is_shown_with_its_costs_and_nothing_begins(longrope: Longrope, tmp_path: Path) -> None:

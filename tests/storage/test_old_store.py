@@ -38,7 +38,7 @@ RESULT: dict[str, Any] = {
     "computed_by": {"software": {"torch": "2.9"}, "numerics": {"dtype": "float32"}},
     "history": [0.11, 0.1],
 }
-NEW_TABLES = ("longrope_stages", "longrope_checkpoints", "longrope_training_logs", "longrope_measurements")
+NEW_TABLES = ("longrope_stages", "longrope_checkpoints", "longrope_training_logs")
 STUDIES = [("done", "finished", RESULT), ("left", "running", None)]
 
 

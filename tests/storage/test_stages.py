@@ -21,8 +21,8 @@ from test_progress import LONG, RACED, SHORT, candidate, states, whole_study, wr
 
 from searcher.errors import LongRopeError
 from searcher.study import Outcome
-from storage.models import CheckpointRow, MeasurementRow, StageRow, Study, TrainingLogRow
-from storage.repository import Checkpoint, CurrentStage, Measurement, Repository, StageRecord, StudyStore
+from storage.models import CheckpointRow, StageRow, Study, TrainingLogRow
+from storage.repository import Checkpoint, CurrentStage, Repository, StageRecord, StudyStore
 from storage.stages import OUTSIDE
 
 PLAN: list[tuple[str, dict[str, Any]]] = [
@@ -32,7 +32,7 @@ PLAN: list[tuple[str, dict[str, Any]]] = [
     ("evaluate", {"lengths": (256, 8192)}),
 ]
 SHA = "5a" * 32
-OF_STAGES = (StageRow, CheckpointRow, TrainingLogRow, MeasurementRow)
+OF_STAGES = (StageRow, CheckpointRow, TrainingLogRow)
 
 
 @contextmanager
@@ -96,16 +96,14 @@ class TestPlan:
         with extension(repository, "one") as one, extension(repository, "two", running=None) as two:
             one.record_checkpoint(0, 5, "here", SHA)
             one.log_training(0, 5, {"loss": 1.0})
-            one.record_measurement(0, "k", {}, 1.0)
             assert two.stage(0).status == "waiting"
-            assert (two.checkpoints(0), two.measurements(0)) == ([], {})
-            assert (repository.training_log("two", 0), repository.measurements("two", 0)) == ({}, {})
+            assert two.checkpoints(0) == []
+            assert repository.training_log("two", 0) == {}
 
     def test_an_unknown_study(self, repository: Repository) -> None:
         calls: list[Callable[[str], object]] = [
             repository.stages,
             lambda name: repository.training_log(name, 0),
-            lambda name: repository.measurements(name, 0),
             lambda name: repository.trajectory(name, 1),
             lambda name: repository.cost(name, 1),
         ]
@@ -307,26 +305,6 @@ class TestWhatAStageLeaves:
 
         check()
 
-    def test_measurements_are_what_was_measured_last(self, repository: Repository) -> None:
-        keys = st.sampled_from(["a" * 64, "b" * 64, "c" * 64, "B" * 64])
-        places = st.dictionaries(st.text(max_size=3), json_values, max_size=2)
-        count = iter(range(10**6))
-
-        @settings(max_examples=15, deadline=None)
-        @given(st.lists(st.tuples(keys, places, json_values), max_size=6))
-        def check(found: list[tuple[str, dict[str, Any], Any]]) -> None:
-            name = f"e {next(count)}"
-            with extension(repository, name, running=3) as store:
-                for key, place, value in found:
-                    store.record_measurement(3, key, place, value)
-                store.record_measurement(2, "a" * 64, {}, 0.5)
-                here = store.measurements(3)
-            model = {key: Measurement(place, value) for key, place, value in found}
-            assert repr(here) == repr({key: model[key] for key in sorted(model)})
-            assert repr(repository.measurements(name, 3)) == repr(here)
-
-        check()
-
     def test_numbers_of_any_kind_are_logged(self, repository: Repository) -> None:
         import numpy as np
 
@@ -342,7 +320,6 @@ class TestWhatAStageLeaves:
             calls: list[Callable[[], None]] = [
                 lambda: store.record_checkpoint(4, 1, "a", SHA),
                 lambda: store.log_training(4, 1, {"loss": 1.0}),
-                lambda: store.record_measurement(4, "k", {}, 1.0),
             ]
             for call in calls:
                 with pytest.raises(IntegrityError):
@@ -359,7 +336,6 @@ WRITES: dict[str, Callable[[StudyStore], None]] = {
     "the same checkpoint": lambda store: store.record_checkpoint(1, 5, "new", SHA),
     "forget": lambda store: store.forget_checkpoint(1, 5),
     "log": lambda store: store.log_training(1, 5, {"loss": 2.0, "grad_norm": 3.0}),
-    "measure": lambda store: store.record_measurement(1, "a" * 64, {"new": 1}, 1.0),
 }
 
 
@@ -373,7 +349,6 @@ def begun(repository: Repository, work: Callable[[StudyStore], None]) -> Iterato
     with extension(repository, running=1) as store:
         store.record_checkpoint(1, 5, "old", SHA)
         store.log_training(1, 5, {"loss": 1.0})
-        store.record_measurement(1, "a" * 64, {"old": 1}, 0.5)
         if work is WRITES["begin"]:
             store.finish_stage(1, {})
         yield store
@@ -429,7 +404,6 @@ class TestDeletion:
             with extension(repository, name, running=1) as store:
                 store.record_checkpoint(1, 5, "a", SHA)
                 store.log_training(1, 5, {"loss": 1.0})
-                store.record_measurement(1, "k", {}, 1.0)
                 write(store, "search", 0, SHORT, [[1.0, 1.0]])
         repository.delete_study("one")
         assert rows(database) == {
@@ -437,7 +411,6 @@ class TestDeletion:
             "longrope_stages": 4,
             "longrope_checkpoints": 1,
             "longrope_training_logs": 1,
-            "longrope_measurements": 1,
             "longrope_candidates": 1,
             "longrope_units": 2,
             "longrope_evaluations": 2,

@@ -1,4 +1,4 @@
-"""An extension has stages, and what these leave: checkpoints, training logs, measurements."""
+"""An extension has stages, and what these leave: checkpoints and training logs."""
 
 from __future__ import annotations
 
@@ -40,13 +40,6 @@ def upgrade() -> None:
         sa.Column("name", sa.Text(), nullable=False),
         sa.Column("value", sa.Double()),
         key=["step", "name"],
-    )
-    _of_a_stage(
-        "longrope_measurements",
-        sa.Column("key", sa.String(64), nullable=False),
-        sa.Column("place", sa.Text(), nullable=False),
-        sa.Column("value", sa.Text()),
-        key=["key"],
     )
 
 
