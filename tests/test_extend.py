@@ -243,6 +243,7 @@ def test_what_cannot_be_extended_is_refused_in_one_line(
         assert "far" not in longrope("studies", "--storage=sqlite:///store.db").out
 
 
+@pytest.mark.timeout(900)
 def test_the_smoke_plan_extends_the_reference_model(longrope: Longrope, tmp_path: Path) -> None:
     """Every kind of stage on real text; what it should show even so small."""
     options = ("--in-process", "--threads=2", "--tuning-threads=2", "--study=s", f"--out={tmp_path}", "--json")
