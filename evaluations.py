@@ -165,7 +165,6 @@ class _Evaluation:
         tokens |= {trial.sha256: trial.tokens for found in trials.values() for trial in found}
         found: dict[str, Any] = {}
         with open_scorer(request.model, tokens, pool) as scorer:
-            self.note_other_weights(scorer.info.weights_sha256)
             spec, shipped = scorer.info.spec, scorer.info.shipped
             if documents:
                 found[PERPLEXITY] = perplexity_by_length(scorer, documents, self.regimes, self.shipped_at(spec))
@@ -179,6 +178,7 @@ class _Evaluation:
                 for method in methods:
                     rows = found.setdefault(kind, {}).setdefault(method.name, {})
                     rows[length] = _accuracy(asked, right[method.name])
+            self.note_other_weights(scorer.info.weights_sha256)
         return found
 
     def here(self) -> dict[str, Any]:

@@ -690,8 +690,8 @@ class TestFullDisk:
         return (folder / "full-factors.json").read_bytes()
 
     def test_as_a_limit_on_files(self, longrope: Longrope, small_study: list[str], tmp_path: Path) -> None:
-        """What any user can try: no file may grow beyond 96 KiB, so the store meets EFBIG in the middle."""
-        with files_no_larger_than(96 * 1024):
+        """What any user can try: no file may grow beyond 128 KiB, so the store meets EFBIG in the middle."""
+        with files_no_larger_than(128 * 1024):
             launched = longrope("launch", "--study=full", *small_study)
         assert launched.status == 1
         assert len(launched.err.splitlines()) == 1

@@ -405,7 +405,7 @@ class TestStudies:
         (line,) = (line for line in longrope("studies", shared.store).out.splitlines() if "│ shared " in line)
         cells = [cell.strip() for cell in line.strip("│").split("│")]
         done = f"{study['done']}/{study['done']}"
-        assert cells[:7] == ["shared", "search", "finished", str(len(rows)), done, "0", str(dropped)]
+        assert cells[:8] == ["shared", "search", "finished", "", str(len(rows)), done, "0", str(dropped)]
 
     def test_none(self, longrope: Longrope, tmp_path: Path) -> None:
         for command in ("studies", "studies show x", "studies delete x --yes", "resume x", "export x"):

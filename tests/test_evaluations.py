@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Longrope
+
+from tests.conftest import Longrope
 
 LENGTHS = "--lengths=64,512"
 

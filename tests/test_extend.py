@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Ended, Longrope
 from safetensors.torch import load_file, save_file
 from test_kill_extension import PLAN, training_text
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from searcher.plan_file import parse_plan
 from storage.factor_file import read
+from tests.conftest import Ended, Longrope
 from workers.apply import apply_factors
 from workers.model import ModelRequest, load_model
 from workers.perplexity import negative_log_likelihood
