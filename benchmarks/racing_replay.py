@@ -18,7 +18,9 @@ from sqlalchemy import create_engine, text
 from searcher.racing import Race, Racing
 
 SETTINGS = [
-    Racing(after, caution) for after in ((1,), (2,), (1, 2), (1, 2, 3, 4)) for caution in (0.0, 1.0, 2.0, 3.0, 4.0)
+    Racing(after, caution)
+    for after in ((1,), (2,), (1, 2), (1, 2, 3), (1, 2, 3, 4))
+    for caution in (0.0, 1.0, 2.0, 3.0, 4.0)
 ]
 Losses = tuple[float, ...]
 
