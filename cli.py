@@ -605,7 +605,8 @@ def evaluate(
     from workers.reference import MODEL_DIR
     from workers.scorer import PoolRequest
 
-    if model is not None and not data:
+    measures = tuple(part.strip() for part in measure.split(","))
+    if model is not None and not data and set(measures) & {"perplexity", "sliding", "title"}:
         raise LongRopeError("Name text for your model with --data: a file, a folder, a glob, JSONL or parquet.")
     path = str(MODEL_DIR) if model is None else model
     resolve_folder(path)
@@ -630,7 +631,7 @@ def evaluate(
         sources=tuple(data or ()),
         text_column=text_column,
         lengths=wanted,
-        measures=tuple(part.strip() for part in measure.split(",")),
+        measures=measures,
         windows=windows,
         stride=stride,
         policy=attention_factor,
@@ -845,10 +846,13 @@ def delete_study(
     from storage.repository import Repository
 
     repository = Repository(storage, create=False)
-    repository.study(study)
+    record = repository.study(study)
     if not yes:
         typer.confirm(f"Delete the study {study} and what it computed?", abort=True)
     repository.delete_study(study)
+    if record.kind == "extension":
+        folder = Path(record.settings["out"]) / study
+        _console().print(f"The models it tuned stay in {folder}.", highlight=False, soft_wrap=True)
 
 
 def main() -> None:

@@ -123,6 +123,8 @@ class ExtensionPlan:
     def __post_init__(self) -> None:
         if not self.stages:
             raise LongRopeError(f"The plan {self.name} has no stages; it needs at least one [[stages]].")
+        if len(self.of_kind(EVALUATE)) > 1:
+            raise LongRopeError(f"The plan {self.name} evaluates more than once; name all lengths in one stage.")
         seen: dict[str, Stage] = {}
         for stage in self.stages:
             if not STAGE_NAME.fullmatch(stage.name):

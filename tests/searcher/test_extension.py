@@ -285,6 +285,7 @@ def changed(number: int, **values: object) -> dict[str, object]:
         (changed(3, lengths=["0.001x"]), "whole number of tokens"),
         (changed(3, baselines=["xpos"]), "one of none, pi"),
         (changed(3, depths=3), "does not know 'depths'"),
+        ({"stages": [{"kind": "evaluate", "lengths": ["1x"], "name": name} for name in "ab"]}, "more than once"),
         ({"stages": [{"kind": "compare", "methods": ["pi"]}]}, "needs both"),
         ({"stages": [*changed(0)["stages"][:2], {"kind": "compare"}]}, "needs both"),  # type: ignore[index]
         ({"stages": [{"kind": "search", "length": "8x"}], "name": ""}, "name of a plan"),
