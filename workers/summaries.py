@@ -23,6 +23,7 @@ from typing import Any
 
 from searcher.errors import LongRopeError
 from searcher.rope import Factors
+from workers.frames import encode
 from workers.generation import greedy
 from workers.model import LoadedModel
 
@@ -167,9 +168,9 @@ def score_questions(
 
 def summary_prompt(tokenizer: Any, document: str, most: int) -> tuple[list[int], bool]:
     """The prompt in at most ``most`` tokens, BOS first where there is one; and whether the whole document is in it."""
-    before, behind = (_encode(tokenizer, part) for part in SUMMARY_FRAME)
+    before, behind = (encode(tokenizer, part) for part in SUMMARY_FRAME)
     before = _opening(tokenizer) + before
-    body = _encode(tokenizer, document)
+    body = encode(tokenizer, document)
     budget = most - len(before) - len(behind)
     if budget < 1:
         raise LongRopeError(
@@ -183,7 +184,7 @@ def question_prompt(tokenizer: Any, question: Question) -> list[int]:
     """The prompt in tokens, BOS first where there is one."""
     documents = "\n".join(f"Document [{i}] {text}" for i, text in enumerate(question.documents, start=1))
     text = QUESTION_FRAME.format(documents=documents, question=question.question)
-    return _opening(tokenizer) + _encode(tokenizer, text)
+    return _opening(tokenizer) + encode(tokenizer, text)
 
 
 def holds_answer(text: str, answers: Sequence[str]) -> bool:
@@ -214,10 +215,6 @@ def _answer(loaded: LoadedModel, tokenizer: Any, tokens: list[int], room: int, f
 
 def _opening(tokenizer: Any) -> list[int]:
     return [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
-
-
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"])
 
 
 def _some(items: Sequence[object], what: str) -> None:
