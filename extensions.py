@@ -177,13 +177,12 @@ def extend(
                     return Extended(None, None, time.monotonic() - started, waits)
                 checkpoint = None if driver.stage(record).outside else checkpoint
             driver.take(store.stage(record.stage))
+        file, model = driver.factor_file(), driver.plan.final_model()
+        served = extension.model.path if model == BASE else driver.inside(driver.folders[model])
         # The file first: a study that is marked finished has left its file.
-        write(path, driver.factor_file())
-        model = driver.plan.final_model()
-        result: dict[str, Any] = {"factors": to_json(driver.factor_file()), "evaluation": driver.evaluation}
-        store.finish(
-            {**result, "model": extension.model.path if model == BASE else driver.inside(driver.folders[model])}
-        )
+        write(path, file)
+        result: dict[str, Any] = {"factors": to_json(file), "evaluation": driver.evaluation, "model": served}
+        store.finish(result)
     return Extended(path, driver.evaluation, time.monotonic() - started)
 
 
