@@ -28,7 +28,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 
-from runs import Run
+from commands.runs import Run
 from searcher.rope import Factors
 from searcher.study import Document, Unit, evaluation_key, total
 from storage.repository import Repository

@@ -276,8 +276,8 @@ def _install(reached: _Probe) -> None:
     """
     from sqlalchemy import Engine, event
 
-    import extensions
-    import runs
+    import commands.extensions as extensions
+    import commands.runs as runs
     import searcher.racing
     import searcher.search
     import workers.scorer

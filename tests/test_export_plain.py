@@ -44,7 +44,7 @@ for folder, tokens in zip(sys.argv[1::2], sys.argv[2::2]):
             logits = model(input_ids=window[None]).logits[0, :-1].double()
             losses.append(torch.nn.functional.cross_entropy(logits, window[1:], reduction="none"))
     found.append(math.exp(torch.cat(losses).mean()))
-ours = sorted({"cli", "runs", "searcher", "workers", "storage"} & {name.partition(".")[0] for name in sys.modules})
+ours = sorted({"cli", "commands", "searcher", "workers", "storage"} & {name.partition(".")[0] for name in sys.modules})
 print(json.dumps({"perplexity": found, "ours": ours}))
 """
 

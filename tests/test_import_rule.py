@@ -12,8 +12,8 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ("searcher", "workers", "storage")
-TOP = ("cli", "runs", "extensions", "evaluations")  # what sits above the rooms
+ROOMS = ("searcher", "workers", "storage", "commands")
+TOP = ("cli", "commands")  # what sits above the rooms
 RAY_FILES = ("workers/actor.py", "workers/pool.py")
 LAZY_RAY_FILES = ("workers/train_cluster.py",)  # within functions alone
 FORBIDDEN = {
@@ -115,7 +115,7 @@ def test_the_rule_looks_at_every_room() -> None:
         ("searcher/space.py", "import workers.model"),
         ("searcher/space.py", "from storage.models import Study"),
         ("searcher/space.py", "from cli import app"),
-        ("searcher/space.py", "from runs import run"),
+        ("searcher/space.py", "from commands.runs import run"),
         ("searcher/space.py", "def f():\n    import torch"),
         ("searcher/space.py", "class A:\n    def f(self):\n        if self:\n            import torch"),
         ("searcher/space.py", "try:\n    import torch\nexcept ImportError:\n    torch = None"),
@@ -135,7 +135,7 @@ def test_the_rule_looks_at_every_room() -> None:
         ("storage/report.py", "def f():\n    from torch import Tensor"),
         ("storage/migrations/env.py", "import ray"),
         ("cli.py", "import ray"),
-        ("runs.py", "from ray.util import ActorPool"),
+        ("commands/runs.py", "from ray.util import ActorPool"),
         ("workers/apply.py", "import numpy"),
         ("workers/apply.py", "from searcher.rope import Factors"),
         ("workers/apply.py", "from workers.model import ModelInfo"),
@@ -173,7 +173,7 @@ def test_the_rule_lets_pass_what_keeps_it(path: str, source: str) -> None:
 def test_the_searcher_runs_without_what_it_must_not_import() -> None:
     """Not by reading but by running: none of the heavy packages is loaded with it."""
     modules = [path[:-3].replace("/", ".") for path in sources() if path.startswith("searcher/")]
-    heavy = ("torch", "transformers", "ray", "sqlalchemy", "typer", "optuna", "workers", "storage", "cli", "runs")
+    heavy = ("torch", "transformers", "ray", "sqlalchemy", "typer", "optuna", "workers", "storage", "cli", "commands")
     script = (
         f"import importlib, sys\nfor name in {modules}: importlib.import_module(name)\n"
         f"print([name for name in {heavy} if name in sys.modules])"

@@ -219,7 +219,7 @@ torch.set_num_threads(1)
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()
 with torch.inference_mode():
     numpy.save(sys.argv[2], model(torch.arange(3, 51)[None]).logits.numpy())
-assert not {"searcher", "storage", "workers", "cli"} & set(sys.modules)
+assert not {"searcher", "storage", "workers", "commands", "cli"} & set(sys.modules)
 """
     command = [sys.executable, "-I", "-c", script, str(out), str(tmp_path / "logits.npy")]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -684,6 +684,6 @@ def test_the_module_stands_alone_with_torch(tmp_path: Path) -> None:
         "import vendored\n"
         "loaded = {name.split('.')[0] for name in sys.modules}\n"
         "assert callable(vendored.apply_factors) and 'torch' in loaded\n"
-        "assert not loaded & {'transformers', 'searcher', 'workers', 'storage', 'cli'}, loaded\n"
+        "assert not loaded & {'transformers', 'searcher', 'workers', 'storage', 'commands', 'cli'}, loaded\n"
     )
     subprocess.run([sys.executable, "-I", "-c", code], check=True, cwd=tmp_path, timeout=120)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from runs import identity_of, search
+from commands.runs import identity_of, search
 from searcher.errors import LongRopeError
 from searcher.extension import (
     BASE,
