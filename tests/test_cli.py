@@ -364,7 +364,7 @@ class TestResume:
         def interrupted(*_: object) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("runs.load_tokenizer", interrupted)
+        monkeypatch.setattr("commands.runs.load_tokenizer", interrupted)
         ended = longrope("launch", "--study=early", *small_study)
         assert ended.status == 130
         assert "Stopped; nothing had begun." in ended.out
