@@ -40,7 +40,7 @@ from storage.repository import Repository
 from storage.results import factors_of, regime_scores, scores
 from storage.stages import FINISHED, StageRecord
 from storage.study_store import StudyStore
-from workers.accuracy import Answer, accuracy_table
+from workers.accuracy import Answer, accuracy_table, effective_context
 from workers.checkpoints import Checkpoint
 from workers.corpus import CorpusRequest, absolute, deal, study_windows, training_documents
 from workers.finetune import UNFINISHED, TuneRequest, tune
@@ -565,14 +565,14 @@ class _Driver:
 def _measured(part: str, score: Score, trials: Sequence[Trial]) -> dict[str, Any]:
     """One cell of the evaluation's table as plain values."""
     if score.failure is not None and part != "test":
-        return {"failure": score.failure, "by_depth": []}
+        return {"failure": score.failure, "by_depth": [], "k_max": 0}
     if part == "test":
         return {"nll": score.nll if math.isfinite(score.nll) else None, "tokens": score.tokens}
     answers = [
         Answer(trial.task, wrong == 0, trial.distance, trial.chance)
         for trial, wrong in zip(trials, score.by_document, strict=True)
     ]
-    return {"by_depth": [asdict(row) for row in accuracy_table(answers)]}
+    return {"by_depth": [asdict(row) for row in accuracy_table(answers)], "k_max": effective_context(answers)}
 
 
 def show_plan(plan: ExtensionPlan, request: ModelRequest, console: Console) -> None:

@@ -38,7 +38,8 @@ class Evaluation:
     windows: of a test document, at most.
     passkey_depths, passkey_trials: trials of every length are their product; 0 leaves the task out.
     key_value_trials: at each depth; 0 leaves the task out.
-    baselines: rows beside the extension, of the model that is not tuned.
+    baselines: rows beside the extension, of the model that is not tuned, each under its own attention factor.
+    attention_factor: policy, or a number, that they are shown under once more.
     """
 
     lengths: tuple[int, ...]
@@ -47,6 +48,7 @@ class Evaluation:
     passkey_trials: int = 4
     key_value_trials: int = 7
     baselines: tuple[str, ...] = ("none", "pi", "ntk", "yarn")
+    attention_factor: str = "su"
 
     def __post_init__(self) -> None:
         if not self.lengths or list(self.lengths) != sorted(set(self.lengths)):

@@ -210,6 +210,8 @@ def _evaluation(table: dict[str, Any], original_length: int, where: str) -> Eval
     if not isinstance(lengths, list) or not lengths:
         raise LongRopeError("lengths are missing, such as lengths = ['1x', '8x', '32x'].")
     parsed = tuple(sorted({parse_length(str(length), original_length) for length in lengths}))
+    if "attention_factor" in table:
+        table["attention_factor"] = str(table["attention_factor"])
     others: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in table.items()}
     return Evaluation(parsed, **others)
 

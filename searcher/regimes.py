@@ -8,7 +8,7 @@ from itertools import zip_longest
 
 from searcher.baselines import BASELINES
 from searcher.extension import BASE, FINETUNE, RECOVER, SEARCH, Evaluation, ExtensionPlan
-from searcher.rope import Factors, RopeSpec
+from searcher.rope import Factors, RopeSpec, attention_factor
 from searcher.second import stage_plan, tuning_factors
 
 
@@ -79,14 +79,23 @@ def rows(
 ) -> list[Row]:
     """The papers' table: baselines and LongRoPE untuned; every tuned line; the extension without and with recovery.
 
-    An untuned baseline is scaled to each length. A tuned line keeps what it was tuned at up to its length, and beyond
+    An untuned baseline is scaled to each length, under its own attention factor and, where that is another one, under
+    the evaluation's. A tuned line keeps what it was tuned at up to its length, and beyond
     it is scaled to the length, as the extension is by its last search.
     """
     lengths = evaluation.lengths
     table = []
     for name in evaluation.baselines:
         make = BASELINES[name]
-        table.append(Row(name, BASE, {n: make(spec, max(1.0, spec.scale(n))) for n in lengths}))
+        own = {n: make(spec, max(1.0, spec.scale(n))) for n in lengths}
+        policy = evaluation.attention_factor
+        shared = {
+            n: replace(factors, attention_factor=attention_factor(policy, spec, spec.scale(n)))
+            for n, factors in own.items()
+        }
+        table.append(Row(name, BASE, own))
+        if shared != own:
+            table.append(Row(f"{name}, attention {policy}", BASE, shared))
     untuned = [
         Place(stage.length, stage.name, found[stage.name])
         for stage in sorted(plan.of_kind(SEARCH), key=lambda stage: stage.length)

@@ -117,6 +117,8 @@ def extension_table(result: Mapping[str, Any]) -> list[Table]:
         if any(rows.values()):
             show = _test_perplexity if part == "test" else _right
             tables.append(_by_length(title, lengths, rows, show))
+            if part != "test":
+                tables.append(_by_length(_interval_title(title, rows), lengths, rows, _interval))
     return tables
 
 
@@ -137,7 +139,7 @@ def evaluation_tables(found: Mapping[str, Any]) -> list[Table | str]:
     for kind, title in RETRIEVAL.items():
         if kind in found:
             shown.append(_by_length(title, lengths, found[kind], _right))
-            shown.append(_by_length(f"{title.split(':')[0]}: 95% interval, k_max", lengths, found[kind], _interval))
+            shown.append(_by_length(_interval_title(title, found[kind]), lengths, found[kind], _interval))
         if f"{kind}_with_sinks" in found:
             row = {"attention_sinks": found[f"{kind}_with_sinks"]}
             shown.append(_by_length(f"{title}, window attention with sinks", lengths, row, _right))
@@ -219,6 +221,12 @@ def _whole(cell: Mapping[str, Any]) -> Mapping[str, Any] | None:
 def _right(cell: Mapping[str, Any]) -> str:
     whole = _whole(cell)
     return "-" if whole is None else f"{whole['right']}/{whole['trials']}"
+
+
+def _interval_title(title: str, rows: Mapping[str, Mapping[Any, Mapping[str, Any]]]) -> str:
+    chances = [whole["chance"] for cells in rows.values() for cell in cells.values() if (whole := _whole(cell))]
+    chance = f"; by chance {max(chances):.1g}" if chances else ""
+    return f"{title.split(':')[0]}: 95% interval, k_max{chance}"
 
 
 def _interval(cell: Mapping[str, Any]) -> str:

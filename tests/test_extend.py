@@ -70,6 +70,7 @@ def test_the_table_has_every_row_at_every_length_it_serves(extension: Extension)
     served = {name: sorted(map(int, cells)) for name, cells in result["rows"].items()}
     assert served == {
         **{name: [64, 256] for name in ("none", "pi", "ntk", "yarn", "pi, tuned")},
+        **{f"{name}, attention su": [64, 256] for name in ("none", "pi", "ntk", "yarn")},
         "longrope, not tuned": [64],
         "longrope, without recovery": [64, 256],
         "longrope": [64, 256],

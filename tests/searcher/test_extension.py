@@ -160,9 +160,13 @@ def test_the_rows_are_the_papers() -> None:
     evaluation = PLAN.stages[-1].evaluation
     table = {row.name: row for row in rows(PLAN, evaluation, SPEC, FOUND, ["recover-256"])}
     assert list(table) == [
-        *("none", "pi", "ntk", "yarn", "longrope, not tuned", "none, tuned", "yarn, tuned"),
+        *("none", "none, attention su", "pi", "pi, attention su", "ntk", "ntk, attention su"),
+        *("yarn", "yarn, attention su", "longrope, not tuned", "none, tuned", "yarn, tuned"),
         *("longrope, without recovery", "longrope"),
     ]
+    shared = table["pi, attention su"].factors
+    assert shared[128] == Factors((1.0,) * SPEC.pairs)
+    assert shared[4096] == replace(pi(SPEC, 16), attention_factor=math.sqrt(1 + math.log(16) / math.log(256)))
     assert table["pi"].factors[4096] == pi(SPEC, 16)
     assert table["pi"].factors[128] == Factors((1.0,) * SPEC.pairs)
     untuned = table["longrope, not tuned"].factors
