@@ -7,6 +7,7 @@ import sys
 
 import typer
 
+from commands.dashboard import dashboard
 from commands.evaluate import evaluate
 from commands.export import export
 from commands.extend import extend
@@ -20,7 +21,7 @@ app = typer.Typer(
     help="Search LongRoPE rescale factors: let a language model read further than it was trained to.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (launch, extend, resume, evaluate, export):
+for command in (launch, extend, resume, evaluate, export, dashboard):
     app.command()(command)
 app.add_typer(studies_app, name="studies")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
-from itertools import groupby
+from datetime import datetime, timedelta
+from itertools import groupby, takewhile
 from typing import Any, NamedTuple
 
 from sqlalchemy import ColumnElement, Select, and_, case, func, select
@@ -87,6 +87,10 @@ class ScoredCandidate:
     gradients: how many of those outcomes are gradient steps.
     dropped: raced out: it was scored on fewer than ``documents``, none of which failed.
     document: name of its document, where it has only one.
+    number: grows in the order in which candidates were written.
+    by_document: nats and tokens of each document, up to the first without a finite loss.
+    started_at, finished_at: when the first of its documents was begun and the last one was kept, by the clocks of those
+        who computed them, maybe for another study; None where none was.
     """
 
     stage: int
@@ -103,6 +107,10 @@ class ScoredCandidate:
     gradients: int
     dropped: bool
     document: str | None
+    number: int = 0
+    by_document: tuple[tuple[float, int], ...] = ()
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
 
 
 class Place(NamedTuple):
@@ -217,16 +225,24 @@ def current_stage(stages: Sequence[tuple[int, str, str]]) -> CurrentStage | None
     return CurrentStage(number, len(stages), kind, status)
 
 
-def scored_candidates(session: Session, study: Study) -> list[ScoredCandidate]:
-    """Every candidate of a study with its score, stage by stage, in the order in which they were asked for."""
+def scored_candidates(session: Session, study: Study, after: int = 0) -> list[ScoredCandidate]:
+    """Every candidate of a study with its score, stage by stage, in the order in which they were asked for.
+
+    Parameters
+    ----------
+    after: leave out those whose number is not above this one.
+    """
     mine = CandidateRow.study_id == study.id
-    query = units(CandidateRow.id, UnitRow.document_name).where(mine).order_by(CandidateRow.id, UnitRow.position)
+    query = units(CandidateRow.id, UnitRow.document_name, Evaluation.created_at)
+    query = query.where(mine, CandidateRow.id > after).order_by(CandidateRow.id, UnitRow.position)
     names: dict[int, list[str]] = {}
     outcomes: dict[int, list[Outcome | None]] = {}
+    kept_at: dict[int, list[datetime | None]] = {}
     for candidate, group in groupby(session.execute(query), lambda row: row[0]):
         members = list(group)
         names[candidate] = [row[1] for row in members]
-        outcomes[candidate] = [outcome_of(*row[2:]) for row in members]
+        kept_at[candidate] = [row[2] for row in members]
+        outcomes[candidate] = [outcome_of(*row[3:]) for row in members]
     of_its_stage = and_(StageRow.study_id == CandidateRow.study_id, StageRow.stage == CandidateRow.stage)
     with_stages = select(CandidateRow, StageRow.status).outerjoin(StageRow, of_its_stage).where(mine)
     found_with_stages = session.execute(with_stages).all()
@@ -238,6 +254,8 @@ def scored_candidates(session: Session, study: Study) -> list[ScoredCandidate]:
     ended |= {_place(row) for row, status in found_with_stages if row.seen is not None or status == FINISHED}
     scored = []
     for row in sorted(candidates, key=lambda row: (row.stage, first[_place(row)], row.child)):
+        if row.id <= after:
+            continue
         found = outcomes.get(row.id, [])
         seen = row.seen
         if seen is None and _place(row) in ended and None in found:  # it ends where its outcomes do
@@ -247,6 +265,7 @@ def scored_candidates(session: Session, study: Study) -> list[ScoredCandidate]:
         known = [outcome for outcome in found if outcome is not None]
         documents = names.get(row.id, [])
         nll, tokens, failure = _total(found)
+        started_at, finished_at = _between(found, kept_at.get(row.id, []))
         scored.append(
             ScoredCandidate(
                 stage=row.stage,
@@ -263,6 +282,10 @@ def scored_candidates(session: Session, study: Study) -> list[ScoredCandidate]:
                 gradients=sum(is_gradient(row.part, outcome) for outcome in known),
                 dropped=_place(row) in ended and failure is None and len(known) < len(documents),
                 document=documents[0] if len(documents) == 1 else None,
+                number=row.id,
+                by_document=tuple((o.nll, o.tokens) for o in takewhile(_is_finite, found) if o and o.nll is not None),
+                started_at=started_at,
+                finished_at=finished_at,
             )
         )
     return scored
@@ -270,6 +293,19 @@ def scored_candidates(session: Session, study: Study) -> list[ScoredCandidate]:
 
 def _place(row: CandidateRow) -> Place:
     return Place(row.stage, row.part, row.generation)
+
+
+def _is_finite(outcome: Outcome | None) -> bool:
+    return outcome is not None and outcome.nll is not None and math.isfinite(outcome.nll)
+
+
+def _between(
+    outcomes: Sequence[Outcome | None], kept_at: Sequence[datetime | None]
+) -> tuple[datetime | None, datetime | None]:
+    """When the first of the outcomes was begun and the last was kept; None, None where none was computed."""
+    pairs = zip(outcomes, kept_at, strict=True)
+    known = [(moment - timedelta(seconds=o.seconds), moment) for o, moment in pairs if o and moment]
+    return (min(begun for begun, _ in known), max(kept for _, kept in known)) if known else (None, None)
 
 
 def _total(outcomes: Sequence[Outcome | None]) -> tuple[float | None, int, str | None]:

@@ -200,8 +200,12 @@ class Repository:
         with self._reading() as session:
             return stages.training_log(session, _find(session, name).id, stage)
 
-    def generations(self, name: str) -> list[ScoredCandidate]:
+    def generations(self, name: str, after: int = 0) -> list[ScoredCandidate]:
         """Every candidate of a study with its score, stage by stage, in the order in which they were asked for.
+
+        Parameters
+        ----------
+        after: leave out those whose number is not above this one, for who has seen them.
 
         Raises
         ------
@@ -209,7 +213,7 @@ class Repository:
             There is no study of this name.
         """
         with self._reading() as session:
-            return progress.scored_candidates(session, _find(session, name))
+            return progress.scored_candidates(session, _find(session, name), after)
 
     def cost(self, name: str, stage: int | None = None) -> Cost:
         """What a study, or one stage of it, is made of so far, in document forwards and gradient steps.
