@@ -8,7 +8,7 @@ import os
 import random
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
+from postgres_server import Server
 
 # A busy machine is no fault of the code's.
 settings.register_profile("any-speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -124,6 +125,14 @@ def process_environment(token_cache: Path) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("LONGROPE_", "RAY_"))}
     root = str(Path(__file__).parent.parent)
     return {**kept, "LONGROPE_CACHE": str(token_cache), "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Server]:
+    """A real PostgreSQL for this session."""
+    server = Server()
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")

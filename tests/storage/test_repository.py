@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -266,11 +265,11 @@ class TestWholeSearch:
         ("plan", "cut", "odds"), [(PLAIN, 17, 13), (REFINED, 61, 41)], ids=["evolution", "refined and raced"]
     )
     def test_interrupted_anywhere_it_takes_the_same_path(
-        self, tmp_path: Path, plan: SearchPlan, cut: int, odds: int
+        self, new_store: Callable[[], str], plan: SearchPlan, cut: int, odds: int
     ) -> None:
         results, tables, paths = [], [], []
-        for name, stop_after in (("whole", 10**9), ("cut", cut)):
-            url = f"sqlite:///{tmp_path}/{name}.db"
+        for stop_after in (10**9, cut):
+            url = new_store()
             repository = Repository(url)
             repository.create_study("s", "search", {})
             computed: Counter[str] = Counter()
@@ -308,13 +307,15 @@ class TestWholeSearch:
         assert summary.dropped == result.dropped
         assert summary.done + summary.skipped == summary.units
 
-    def test_a_raced_study_counts_the_same_beside_one_that_computed_all_of_it(self, tmp_path: Path) -> None:
+    def test_a_raced_study_counts_the_same_beside_one_that_computed_all_of_it(
+        self, new_store: Callable[[], str]
+    ) -> None:
         """The same search without racing has scored on all documents what racing leaves after one or two."""
         evolution = Evolution(population=10, mutants=5, crosses=5, parents=3, generations=2)
         small = replace(REFINED, evolution=evolution, refinement=Refinement(steps=2, legs=1, final_legs=1))
         results, found, odds = [], [], 23
         for others in ((), (replace(small, racing=None),)):
-            url = f"sqlite:///{tmp_path}/{len(others)}.db"
+            url = new_store()
             repository = Repository(url)
             for plan in others:
                 repository.create_study("whole", "search", {})
