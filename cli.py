@@ -11,6 +11,7 @@ from commands.dashboard import dashboard
 from commands.evaluate import evaluate
 from commands.export import export
 from commands.extend import extend
+from commands.imports import import_factors
 from commands.launch import launch, resume
 from commands.studies import studies_app
 from searcher.errors import LongRopeError
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 for command in (launch, extend, resume, evaluate, export, dashboard):
     app.command()(command)
+app.command("import")(import_factors)
 app.add_typer(studies_app, name="studies")
 
 

@@ -33,8 +33,9 @@ from searcher.regimes import Place, costs, regimes, rows
 from searcher.rope import Factors
 from searcher.second import TUNED, attention_policy, stage_plan, tuning_factors
 from searcher.study import PARTS, WITHOUT_N_HAT, Candidate, Score, Silent, score_generation
-from storage.exports import exportable, transformers_patch
+from storage.config_forms import config_patch, form_room
 from storage.factor_file import FactorFile, ModelIdentity, Regime, RegimeScore, WithoutNHat, to_json, write
+from storage.losses import LossError, take
 from storage.report import plan_table
 from storage.repository import Repository
 from storage.results import factors_of, regime_scores, scores
@@ -428,15 +429,16 @@ class _Driver:
         work.mkdir(parents=True, exist_ok=True)
         regime = Regime(1, stage.length, factors, attention_policy(stage, factors, self.spec))
         identity = replace(self.identity, weights_sha256=self.weights[stage.model])
-        write(work / "factors.json", FactorFile(identity, (regime,), self.provenance()))
+        file = FactorFile(identity, (regime,), self.provenance())
+        write(work / "factors.json", file)
         notes = ["factors.json"]
         try:
-            taken = exportable(regime)
-            patch = transformers_patch(self.identity, taken.factors, stage.length, read_config_json(base), None, None)
+            taken = take(file, form_room("transformers", identity.family))
+            patch = config_patch("transformers", taken, read_config_json(base))
             (work / "config-patch.json").write_text(json.dumps(patch, indent=2) + "\n", encoding="utf-8")
             notes.append("config-patch.json (for transformers' own RoPE; put the base model's config back after it)")
         except LongRopeError as error:
-            notes.append(f"no config patch: {error}")
+            notes.append(f"no config patch: {error.what if isinstance(error, LossError) else error}")
         store.wait_outside(number)
         return (
             f"Stage {stage.name} waits for another trainer. Fine-tune {base} for {stage.tuning.steps} steps on chunks "

@@ -342,7 +342,7 @@ EXPORTS = {
     "export what is not there": Bad("export nothing", "There is no study 'nothing'"),
     "export what is not finished": Bad("export halted", "is not finished; go on with `longrope resume halted`"),
     "export to an unknown form": Bad(
-        "export done --to gguf", "--to is json, transformers-config or transformers, not 'gguf'"
+        "export done --to onnx", "--to is json, csv, gguf, transformers, transformers4, mlx"
     ),
     "export an unknown method": Bad("export done --method best", "has no factors for 'best'; it has none, pi, ntk"),
     "export onto a folder with files": Bad(

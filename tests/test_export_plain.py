@@ -131,7 +131,9 @@ def either(searched: Search, only: Searched) -> Searched:
 @pytest.fixture(scope="module")
 def notes(longrope_in: Longrope, folder: Path, either: Searched) -> Ended:
     """What the export of the study with n_hat = 8 printed."""
-    return longrope_in(folder, "export", either.name, "--to=transformers", "--out=exported-either")
+    return longrope_in(
+        folder, "export", either.name, "--to=transformers", "--out=exported-either", "--accept-loss=n_hat"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -205,6 +207,13 @@ def test_what_is_exported_has_no_n_hat(longrope_in: Longrope, folder: Path, eith
     assert config["max_position_embeddings"] == TARGET
     out = "--out=either-patch.json"
     ended = longrope_in(folder, "export", either.name, "--to=transformers-config", out, "--json")
+    assert (ended.status, ended.out) == (1, "")
+    assert ended.err.startswith(
+        "Error: transformers cannot hold n_hat = 8. With --accept-loss n_hat: n_hat = 8 cannot be held; the study's "
+        "best factors with n_hat = 0 are taken. On selection that costs perplexity"
+    )
+    accepted = ("--accept-loss=n_hat", out, "--json")
+    ended = longrope_in(folder, "export", either.name, "--to=transformers-config", *accepted)
     patch = json.loads((folder / "either-patch.json").read_text())
     assert patch["rope_parameters"] == config["rope_parameters"]
     assert json.loads(ended.out)["notes"][0].startswith("n_hat = 8 cannot be held")
@@ -219,8 +228,8 @@ def test_n_hat_without_an_alternative_is_refused(
     ended = longrope_in(folder, "export", "only", f"--to={form}", "--out=exported-only")
     assert (ended.status, ended.out) == (1, "")
     assert len(ended.err.splitlines()) == 1
-    assert ended.err.startswith(
-        "Error: These factors leave the first 8 positions untouched, which only the factor file"
+    assert ended.err == (
+        "Error: transformers cannot hold n_hat = 8. With --accept-loss n_hat: n_hat = 8 is dropped and the factors "
+        "stay, at a cost that was not measured.\n"
     )
-    assert "search with n_hat = 0 among the choices" in ended.err
     assert not (folder / "exported-only").exists()

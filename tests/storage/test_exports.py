@@ -20,8 +20,11 @@ from transformers.utils import logging as transformers_logging
 
 from searcher.errors import LongRopeError
 from searcher.rope import Factors, angles
-from storage.exports import FAMILIES, exportable, transformers_folder, transformers_patch
+from storage.config_forms import config_patch, form_room
 from storage.factor_file import FactorFile, ModelIdentity, Regime, RegimeScore, WithoutNHat
+from storage.losses import N_HAT, Taken, take
+from storage.model_config import FAMILIES, LAYER_TYPE
+from storage.model_folder import read_config, write_model_folder
 from tests.limits import files_no_larger_than
 
 ORIGINAL, TARGET = 16, 64
@@ -46,6 +49,19 @@ def lambdas(pairs: int) -> tuple[float, ...]:
 def factor_file(model: ModelIdentity, factors: Factors | None = None, **regime: Any) -> FactorFile:
     factors = factors or Factors(lambdas(model.rotary_dim // 2), attention_factor=ATTENTION)
     return FactorFile(model, (Regime(1, TARGET, factors, "su", **regime),), {})
+
+
+def transformers_patch(
+    model: ModelIdentity, factors: Factors, target: int, config: dict[str, Any], window: int | None = None
+) -> dict[str, object]:
+    file = FactorFile(model, (Regime(1, target, factors, "su"),), {})
+    return config_patch("transformers", take(file, form_room("transformers", model.family)), config, window)
+
+
+def transformers_folder(file: FactorFile, base: Path, out: Path, form: str = "transformers") -> Taken:
+    taken = take(file, form_room(form, file.model.family))
+    write_model_folder(base, out, config_patch(form, taken, read_config(base)), taken.target_length)
+    return taken
 
 
 def build(family: str, folder: Path, **extra: Any) -> Path:
@@ -136,14 +152,14 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build("llama", tmp_path_factory.mktemp("llama"))
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", sorted({*FAMILIES} - {*LAYER_TYPE}))
 def test_transformers_rotates_as_the_formula_says(tmp_path: Path, family: str) -> None:
     base = build(family, tmp_path / "base")
     model = identity(family, int(16 * (FAMILIES[family] or 1.0)))
     file = factor_file(model)
-    export = transformers_folder(file, file.regimes[0], base, tmp_path / "out")
-    assert export.factors == file.regimes[0].factors
-    check(base, tmp_path / "out", model, export.factors)
+    export = transformers_folder(file, base, tmp_path / "out")
+    assert export.long == file.regimes[0].factors
+    check(base, tmp_path / "out", model, export.long)
 
 
 LLAMA3 = {
@@ -187,14 +203,14 @@ def test_awkward_configs(tmp_path: Path, family: str, rotary_dim: int, change: d
     config = json.loads(path.read_text()) | change
     path.write_text(json.dumps({key: value for key, value in config.items() if key != "rope_parameters" or value}))
     file = factor_file(identity(family, rotary_dim))
-    export = transformers_folder(file, file.regimes[0], base, tmp_path / "out")
-    check(base, tmp_path / "out", file.model, export.factors)
+    export = transformers_folder(file, base, tmp_path / "out")
+    check(base, tmp_path / "out", file.model, export.long)
 
 
 def test_generation_across_the_original_length_keeps_its_cache(tmp_path: Path, llama: Path) -> None:
     """The lists are equal, so keys that were cached below the original length stay right beyond it."""
     file = factor_file(identity("llama"))
-    transformers_folder(file, file.regimes[0], llama, tmp_path / "out")
+    transformers_folder(file, llama, tmp_path / "out")
     model = load(tmp_path / "out")
     prompt = torch.randint(3, 60, (1, ORIGINAL - 3), generator=torch.Generator().manual_seed(2))
     with torch.inference_mode():
@@ -210,7 +226,7 @@ def test_generation_across_the_original_length_keeps_its_cache(tmp_path: Path, l
 def test_another_process_needs_no_code_of_ours(tmp_path: Path, llama: Path) -> None:
     file = factor_file(identity("llama"))
     out = tmp_path / "out"
-    transformers_folder(file, file.regimes[0], llama, out)
+    transformers_folder(file, llama, out)
     script = """
 import sys
 import numpy, torch
@@ -229,20 +245,35 @@ assert not {"searcher", "storage", "workers", "commands", "cli"} & set(sys.modul
     np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), here, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["gemma3_text", "olmo3"])
-def test_a_family_that_ignores_one_rope_for_all_layers_is_refused(family: str) -> None:
-    """And it does ignore it: the reason that the refusal gives."""
-    config = CONFIG_MAPPING[family](
-        hidden_size=64, num_attention_heads=4, head_dim=16, num_hidden_layers=1, pad_token_id=0,
-        rope_parameters={
-            "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [2.0] * 8, "long_factor": [2.0] * 8,
-            "original_max_position_embeddings": ORIGINAL, "attention_factor": 1.5,
-        },
-    )  # fmt: skip
-    nested = [value["rope_type"] for value in config.rope_parameters.values() if isinstance(value, dict)]
-    assert set(nested) == {"default"}
-    with pytest.raises(LongRopeError, match=f"{family} has one RoPE for each type of layer"):
-        transformers_patch(identity(family), Factors(lambdas(8)), TARGET, config.to_dict())
+def test_a_family_that_ignores_one_rope_for_all_layers_gets_it_where_it_looks(tmp_path: Path) -> None:
+    """gemma3: given one RoPE for all layers, transformers rotates by none; nested, the far-reaching layers by it."""
+    flat = {
+        "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [2.0] * 8, "long_factor": [2.0] * 8,
+        "original_max_position_embeddings": ORIGINAL, "attention_factor": 1.5,
+    }  # fmt: skip
+    nested = {
+        "full_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+    }
+    types = ["full_attention", "sliding_attention"]
+    shape = {"head_dim": 16, "pad_token_id": 0, "num_hidden_layers": 2, "layer_types": types}
+    ignored = CONFIG_MAPPING["gemma3_text"](hidden_size=64, num_attention_heads=4, rope_parameters=flat, **shape)
+    assert {value["rope_type"] for value in ignored.rope_parameters.values() if isinstance(value, dict)} == {"default"}
+    base = build("gemma3_text", tmp_path / "base", rope_parameters=nested, **shape)
+    file = factor_file(identity("gemma3_text"))
+    transformers_folder(file, base, tmp_path / "out")
+    with transformers_warnings() as said:
+        rotary = load(tmp_path / "out").model.rotary_emb
+    assert said == []
+    factors, positions = file.regimes[0].factors, torch.arange(TARGET)[None]
+    near = replace(identity("gemma3_text"), theta=500.0)
+    for layer_type, model, under in (
+        ("full_attention", file.model, factors),
+        ("sliding_attention", near, Factors((1.0,) * 8)),
+    ):
+        ours = Formula(model, under)(torch.zeros(1), positions)
+        theirs = rotary(torch.zeros(1), positions, layer_type)
+        torch.testing.assert_close(theirs, ours, atol=2e-5, rtol=0)
 
 
 CONFIG = {
@@ -257,7 +288,7 @@ CONFIG = {
 def test_the_patch_replaces_whole_keys() -> None:
     factors = Factors(lambdas(8), attention_factor=ATTENTION)
     config = CONFIG | {"rope_scaling": LLAMA3, "sliding_window": 8}
-    patch = transformers_patch(identity("llama"), factors, 40, config, sliding_window=2**30)
+    patch = transformers_patch(identity("llama"), factors, 40, config, 2**30)
     assert patch == {
         "rope_parameters": {
             "rope_type": "longrope",
@@ -278,11 +309,17 @@ def test_the_patch_replaces_whole_keys() -> None:
     ("model", "factors", "target", "change", "message"),
     [
         (identity("llama"), Factors(lambdas(8)), 15, {}, "the target of 15 tokens is below 16"),
-        (identity("llama"), Factors(lambdas(8), n_hat=1), 64, {}, "no n_hat"),
-        (identity("llama"), Factors((lambdas(8),) * 2), 64, {}, "one list of factors for all layers"),
+        (identity("llama"), Factors(lambdas(8), n_hat=1), 64, {}, "transformers cannot hold n_hat = 1"),
+        (
+            identity("llama"),
+            Factors((lambdas(8), lambdas(8)[::-1])),
+            64,
+            {},
+            r"cannot hold factors that differ by layer \(2 lists\)",
+        ),
         (identity("llama"), Factors(lambdas(4)), 64, {}, "has 8 rotary pairs, the factors are 4"),
         (identity("llama"), Factors((2.0,)), 64, {}, "has 8 rotary pairs, the factors are 1"),
-        (identity("falcon"), Factors(lambdas(8)), 64, {}, "falcon was not tested with LongRoPE in transformers"),
+        (identity("falcon"), Factors(lambdas(8)), 64, {}, "is not known to apply LongRoPE in falcon models"),
         (identity("llama"), Factors(lambdas(8)), 64, {"model_type": "qwen2"}, "model_type llama, but .* has qwen2"),
         (identity("llama"), Factors(lambdas(8)), 64, {"num_hidden_layers": 3}, "num_hidden_layers 2, but .* has 3"),
         (identity("llama"), Factors(lambdas(8)), 64, {"rope_theta": 5e5}, "rope_theta 10000.0, but .* has 500000.0"),
@@ -314,35 +351,19 @@ def test_n_hat_is_given_up_at_a_stated_price() -> None:
     searched = Factors((1.0,) * 8, n_hat=8, attention_factor=ATTENTION)
     alternative = WithoutNHat(plain, {"test": score(11.0), "short": score(8.5, ORIGINAL)})
     scores = {"selection": score(12.0), "test": score(10.0), "short": score(8.0, ORIGINAL)}
-    export = exportable(Regime(1, TARGET, searched, "su", scores, alternative))
-    assert export.factors == plain
-    assert export.n_hat == 8
-    assert export.price == {"test": (score(10.0), score(11.0)), "short": (score(8.0, ORIGINAL), score(8.5, ORIGINAL))}
-    assert export.short == score(8.5, ORIGINAL)
-    lines = export.lines()
-    assert lines[0].startswith("n_hat = 8 cannot be held")
-    assert "On test that costs perplexity 10.0000 -> 11.0000 (+10.00%)." in lines
-    assert lines[-1] == "The same factors serve short text: perplexity 8.5000 at 16 tokens."
+    file = FactorFile(identity("llama"), (Regime(1, TARGET, searched, "su", scores, alternative),), {})
+    taken = take(file, form_room("transformers", "llama"), {N_HAT})
+    assert taken.long == taken.short == plain
+    assert taken.notes[0].startswith("n_hat = 8 cannot be held")
+    assert "On test that costs perplexity 10.0000 -> 11.0000 (+10.00%)." in taken.notes
+    assert taken.notes[-1] == "The same factors serve short text: perplexity 8.5000 at 16 tokens."
 
 
 def test_without_n_hat_nothing_is_given_up() -> None:
-    regime = factor_file(identity("llama")).regimes[0]
-    export = exportable(replace(regime, scores={"test": score(10.0)}, without_n_hat=WithoutNHat(Factors((9.0,) * 8))))
-    assert (export.factors, export.n_hat, export.price, export.short) == (regime.factors, 0, {}, None)
-    assert export.lines() == ["The same factors serve short text; their perplexity there was not measured."]
-
-
-@pytest.mark.parametrize(
-    ("factors", "alternative", "message"),
-    [
-        (Factors(lambdas(8), n_hat=4), None, "leave the first 4 positions untouched"),
-        (Factors((lambdas(8),) * 2), None, r"differ by layer \(2 lists\)"),
-        (Factors(lambdas(8), n_hat=4), WithoutNHat(Factors((lambdas(8),) * 2)), r"differ by layer \(2 lists\)"),
-    ],
-)
-def test_what_no_export_holds_is_refused(factors: Factors, alternative: WithoutNHat | None, message: str) -> None:
-    with pytest.raises(LongRopeError, match=message):
-        exportable(Regime(1, TARGET, factors, "su", {}, alternative))
+    file = factor_file(identity("llama"), scores={"test": score(10.0)}, without_n_hat=WithoutNHat(Factors((9.0,) * 8)))
+    taken = take(file, form_room("transformers", "llama"))
+    assert taken.long == file.regimes[0].factors
+    assert taken.notes == ("The same factors serve short text; their perplexity there was not measured.",)
 
 
 def fake_model(folder: Path) -> Path:
@@ -356,7 +377,7 @@ def fake_model(folder: Path) -> Path:
 
 def export_to(out: Path, base: Path) -> None:
     file = factor_file(identity("llama"))
-    transformers_folder(file, file.regimes[0], base, out)
+    transformers_folder(file, base, out)
 
 
 def tree(folder: Path) -> list[str]:
