@@ -32,9 +32,10 @@ from searcher.extension import (
 from searcher.regimes import Place, costs, regimes, rows
 from searcher.rope import Factors
 from searcher.second import TUNED, attention_policy, stage_plan, tuning_factors
-from searcher.study import PARTS, WITHOUT_N_HAT, Candidate, Score, Silent, score_generation
+from searcher.study import PARTS, WITHOUT_N_HAT, Candidate, Score, score_generation
 from storage.config_forms import config_patch, form_room
 from storage.factor_file import FactorFile, ModelIdentity, Regime, RegimeScore, WithoutNHat, to_json, write
+from storage.live import TuningWatcher, Watcher
 from storage.losses import LossError, take
 from storage.report import plan_table
 from storage.repository import Repository
@@ -330,6 +331,11 @@ class _Driver:
         settings: dict[str, Any] = {"name": self.stage(record).name, "documents": digests}
         store.begin_stage(record.stage, settings, None if keep else profile)
 
+    def title(self, record: StageRecord) -> str:
+        """What a stage is, for who watches."""
+        stage, count = self.stage(record), len(self.plan.stages)
+        return f"{self.extension.name}: stage {record.stage + 1} of {count}, {stage.name}, {stage.length:,} tokens"
+
     def search(self, store: StudyStore, record: StageRecord) -> None:
         """A search or a recovery."""
         stage = self.stage(record)
@@ -341,7 +347,7 @@ class _Driver:
                 store, record, scorer.info.profile, {part: [d.sha256 for d in documents[part]] for part in documents}
             )
             plan = stage_plan(self.plan, record.stage, scorer.info.spec, scorer.info.shipped, self.found)
-            result = search(plan, documents, scorer, store, self.console)
+            result = search(plan, documents, scorer, store, self.console, self.title(record))
         served = "searched"
         if stage.kind == RECOVER:  # the short regime is kept only where it wins on the selection documents
             table = scores(result, "selection")
@@ -377,10 +383,11 @@ class _Driver:
             resume = Checkpoint(last.step, self.extension.out / last.path, last.sha256)
             self.console.print(f"going on from the checkpoint of step {last.step}", highlight=False)
 
+        watcher = TuningWatcher(self.console, tuning.steps, self.title(record))
+
         def on_log(step: int, values: Mapping[str, float]) -> None:
             store.log_training(number, step, values)
-            shown = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in values.items())
-            self.console.print(f"step {step}/{tuning.steps}: {shown}", highlight=False)
+            watcher.logged(step, values)
 
         def on_checkpoint(written: Checkpoint) -> None:
             store.record_checkpoint(number, written.step, self.inside(written.path), written.sha256)
@@ -401,11 +408,12 @@ class _Driver:
         )
         chunks = pack(texts, tuning.length, *ends, tuning.seed)
         arguments = (request, chunks, short, [w.tokens for w in windows], on_log, on_checkpoint)
-        if pool is not None and on_cluster:
-            folder = tune_on_cluster(*arguments, pool, resume)
-        else:
-            folder = tune(*arguments, resume)
-            free_memory()
+        with watcher:
+            if pool is not None and on_cluster:
+                folder = tune_on_cluster(*arguments, pool, resume)
+            else:
+                folder = tune(*arguments, resume)
+                free_memory()
         self.tuned(store, number, folder)
         return None
 
@@ -475,8 +483,20 @@ class _Driver:
         tokens |= {trial.sha256: trial.tokens for found in trials.values() for trial in found}
         cells: dict[str, dict[str, Any]] = {row.name: {} for row in table}
         models = list(dict.fromkeys(row.model for row in table))
+
+        def label(part: str, generation: int) -> str:
+            place, column = divmod(generation, len(asked.lengths))
+            return f"{models[place]}, {asked.lengths[column]:,}: {part.replace('_', '-')}"
+
+        count = sum(
+            len(windows[length]) + len(trials[length])
+            for row in table
+            for length, factors in row.factors.items()
+            if factors is not None
+        )
+        watcher = Watcher(self.console, count, 0, title=self.title(record), label=label)
         for place, model in enumerate(models):
-            with open_scorer(self.request(stage, record, model), tokens, self.extension.pool) as scorer:
+            with open_scorer(self.request(stage, record, model), tokens, self.extension.pool) as scorer, watcher:
                 self.begin(store, record, scorer.info.profile, {"test": sorted(tokens)})
                 record = store.stage(number)
                 for column, length in enumerate(asked.lengths):
@@ -491,7 +511,7 @@ class _Driver:
                     for part, documents in parts.items():
                         candidates = [candidate for _, candidate in served]
                         found = score_generation(
-                            part, generation, candidates, documents, scorer, store, Silent(), number
+                            part, generation, candidates, documents, scorer, store, watcher, number
                         )
                         for (name, _), score in zip(served, found, strict=True):
                             cell = cells[name].setdefault(str(length), {})

@@ -114,7 +114,9 @@ def run(repository: Repository, run: Run, console: Console, is_new: bool, accept
             if record.profile is None:
                 store.set_profile(scorer.info.profile)
             _introduce(console, run, scorer.info, sets, plan)
-            result = search(plan, documents, scorer, store, console)
+            scale = run.model.target_length / scorer.info.spec.original_length
+            title = f"{run.name}: {Path(run.model.path).name} to {run.model.target_length:,} tokens, {scale:g} times"
+            result = search(plan, documents, scorer, store, console, title)
             path = run.out / f"{run.name}-factors.json"
             # The file first: a study that is marked finished has left its file.
             write(path, study_factor_file(run.name, record.settings, result))
@@ -128,10 +130,19 @@ def search(
     scorer: LocalScorer | RayScorer,
     store: Store,
     console: Console,
+    title: str,
 ) -> Result:
-    """One search stage to its end, watched; what it found as plain values."""
-    evaluations = plan.most_evaluations(len(documents["search"]))
-    with Watcher(console, evaluations, (plan.sampler or plan.evolution).generations) as watcher:
+    """One search stage to its end, watched under a title; what it found as plain values."""
+    counts = {part: len(windows) for part, windows in documents.items()}
+    watcher = Watcher(
+        console,
+        plan.most_evaluations(counts["search"]),
+        (plan.sampler or plan.evolution).generations,
+        gradients=0 if plan.refinement is None else plan.refinement.gradients,
+        afterwards=plan.evaluations_after(counts),
+        title=title,
+    )
+    with watcher:
         found = run_search(plan, documents, scorer, store, watcher)
     console.print(watcher.summary(), highlight=False)
     sizes = {part: (len(windows), windows[0].length) for part, windows in documents.items()}

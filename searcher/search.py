@@ -108,6 +108,14 @@ class SearchPlan:
             units += self.refinement.gradients + legs * documents
         return units
 
+    def evaluations_after(self, documents: Mapping[str, int]) -> int:
+        """About how many units of the target length follow the search on so many documents of each part."""
+        rows = 2 * len(self.baselines) + 2
+        finalists = 2 * self.finalists + (len(self.seeds) if self.all_seeds_final else 1)
+        return (
+            documents["selection"] * (finalists + rows) + documents["test"] * rows + documents.get(SHORT, 0) * rows // 2
+        )
+
 
 @dataclass(frozen=True)
 class SearchResult:

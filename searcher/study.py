@@ -195,6 +195,10 @@ class Observer(Protocol):
 
     def candidates_dropped(self, part: str, generation: int, count: int) -> None: ...
 
+    def generation_scored(
+        self, part: str, generation: int, candidates: Sequence[Candidate], scores: Sequence[Score]
+    ) -> None: ...
+
     def generation_finished(self, part: str, generation: int, best: Candidate, score: Score) -> None: ...
 
 
@@ -206,6 +210,10 @@ class Silent:
     def evaluated(self, outcome: Outcome) -> None: ...
 
     def candidates_dropped(self, part: str, generation: int, count: int) -> None: ...
+
+    def generation_scored(
+        self, part: str, generation: int, candidates: Sequence[Candidate], scores: Sequence[Score]
+    ) -> None: ...
 
     def generation_finished(self, part: str, generation: int, best: Candidate, score: Score) -> None: ...
 
@@ -271,6 +279,7 @@ def score_generation(
             f"No candidate of {part} generation {generation} could be scored; the first failed with: "
             f"{scores[0].failure}"
         )
+    observer.generation_scored(part, generation, candidates, scores)
     best = min(range(len(scores)), key=lambda i: (scores[i].loss, i))
     observer.generation_finished(part, generation, candidates[best], scores[best])
     return scores

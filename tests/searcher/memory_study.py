@@ -320,6 +320,7 @@ class Watcher:
     started: list[tuple[str, int, int, int]] = field(default_factory=list)
     outcomes: list[Outcome] = field(default_factory=list)
     dropped: list[tuple[str, int, int]] = field(default_factory=list)
+    scored: list[tuple[str, int, list[Candidate], list[Score]]] = field(default_factory=list)
     finished: list[tuple[str, int, Candidate, Score]] = field(default_factory=list)
 
     def generation_started(self, part: str, generation: int, units: int, pending: int) -> None:
@@ -330,6 +331,11 @@ class Watcher:
 
     def candidates_dropped(self, part: str, generation: int, count: int) -> None:
         self.dropped.append((part, generation, count))
+
+    def generation_scored(
+        self, part: str, generation: int, candidates: Sequence[Candidate], scores: Sequence[Score]
+    ) -> None:
+        self.scored.append((part, generation, list(candidates), list(scores)))
 
     def generation_finished(self, part: str, generation: int, best: Candidate, score: Score) -> None:
         self.finished.append((part, generation, best, score))
