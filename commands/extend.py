@@ -95,9 +95,10 @@ def extend(
     Example: longrope extend longrope-llama2 --model ./llama2 --data ./books --train-data ./redpajama
     """
     options = locals()
-    from commands.extensions import Extension, show_plan
+    from commands.extensions import Extension, plan_costs
     from searcher.extension import FINETUNE
     from searcher.plan_file import read_plan
+    from storage.report import plan_table
     from storage.repository import Repository
     from workers.corpus import CorpusRequest
     from workers.model import read_original_length
@@ -112,7 +113,11 @@ def extend(
         raise LongRopeError("The plan fine-tunes: name the text for it with --train-data.")
     request = model_request(options, path, max(stage.length for stage in stages.stages))
     if show:
-        show_plan(stages, request, open_console())
+        found = plan_costs(stages, request)
+        if as_json:
+            print_json({**stages.to_json(), "costs": [asdict(cost) for cost in found]})
+        else:
+            open_console().print(plan_table(stages, found))
         return
     corpus = CorpusRequest(
         sources=tuple(data or ()),

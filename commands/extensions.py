@@ -29,7 +29,7 @@ from searcher.extension import (
     Stage,
     check_lengths,
 )
-from searcher.regimes import Place, costs, regimes, rows
+from searcher.regimes import Place, StageCost, costs, regimes, rows
 from searcher.rope import Factors
 from searcher.second import TUNED, attention_policy, stage_plan, tuning_factors
 from searcher.study import PARTS, WITHOUT_N_HAT, Candidate, Score, score_generation
@@ -597,8 +597,8 @@ def _measured(part: str, score: Score, trials: Sequence[Trial]) -> dict[str, Any
     return {"by_depth": [asdict(row) for row in accuracy_table(answers)], "k_max": effective_context(answers)}
 
 
-def show_plan(plan: ExtensionPlan, request: ModelRequest, console: Console) -> None:
-    """Print a plan with what each stage costs."""
+def plan_costs(plan: ExtensionPlan, request: ModelRequest) -> list[StageCost]:
+    """What each stage of a plan costs for a model."""
     spec = load_model(replace(request, device="cpu", stream_weights=False)).spec
     check_lengths(plan, spec)
-    console.print(plan_table(plan, costs(plan, spec)))
+    return list(costs(plan, spec))

@@ -1,4 +1,4 @@
-"""``longrope studies``: list, show, delete."""
+"""``longrope studies``: list, show, compare, delete."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ studies_app = typer.Typer(invoke_without_command=True)
 
 @studies_app.callback()
 def studies(context: typer.Context, storage: Storage = DEFAULT_STORAGE, as_json: AsJson = False) -> None:
-    """List studies, show one, delete one.
+    """List studies, show one, compare some, delete one.
 
     Example: longrope studies show my-study
     """
@@ -88,11 +88,34 @@ def show_study(
             console.print(pareto_table(record.result))
 
 
+@studies_app.command("compare")
+def compare_studies(
+    studies: Annotated[list[str], typer.Argument(help="Names of two studies or more, the one to compare with first.")],
+    storage: Storage = DEFAULT_STORAGE,
+    as_json: AsJson = False,
+) -> None:
+    """Studies of one store side by side: settings that differ, perplexities, cost, time, rescale factors.
+
+    Example: longrope studies compare my-study my-study-quick
+    """
+    from storage.comparison import compare, comparison_tables
+    from storage.repository import Repository
+
+    found = compare(Repository(storage, create=False), studies)
+    if as_json:
+        print_json(found)
+        return
+    console = open_console()
+    for shown in comparison_tables(found):
+        console.print(shown, highlight=False)
+
+
 @studies_app.command("delete")
 def delete_study(
     study: Annotated[str, typer.Argument(help="Name of the study.")],
     storage: Storage = DEFAULT_STORAGE,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Delete a study and every evaluation that no other study uses.
 
@@ -105,8 +128,10 @@ def delete_study(
     repository = Repository(storage, create=False)
     record = repository.study(study)
     if not yes:
-        typer.confirm(f"Delete the study {study} and what it computed?", abort=True)
+        typer.confirm(f"Delete the study {study} and what it computed?", abort=True, err=as_json)
     repository.delete_study(study)
-    if record.kind == "extension":
-        folder = Path(record.settings["out"]) / study
+    folder = Path(record.settings["out"]) / study if record.kind == "extension" else None
+    if as_json:
+        print_json({"deleted": study, "models": None if folder is None else str(folder)})
+    elif folder is not None:
         open_console().print(f"The models it tuned stay in {folder}.", highlight=False, soft_wrap=True)

@@ -111,6 +111,7 @@ class ScoredCandidate:
     by_document: tuple[tuple[float, int], ...] = ()
     started_at: datetime | None = None
     finished_at: datetime | None = None
+    seconds: float = 0.0
 
 
 class Place(NamedTuple):
@@ -286,6 +287,7 @@ def scored_candidates(session: Session, study: Study, after: int = 0) -> list[Sc
                 by_document=tuple((o.nll, o.tokens) for o in takewhile(_is_finite, found) if o and o.nll is not None),
                 started_at=started_at,
                 finished_at=finished_at,
+                seconds=math.fsum(outcome.seconds for outcome in known),
             )
         )
     return scored

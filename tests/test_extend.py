@@ -268,4 +268,8 @@ def test_a_plan_is_shown_with_its_costs_and_nothing_begins(longrope: Longrope, t
     ended = longrope("extend", "--show")
     assert ended.status == 0, ended.err
     assert "finetune-4096-yarn" in ended.out
+    shown = json.loads(longrope("extend", "--show", "--json").out)
+    assert shown["name"] == "reference"
+    assert [cost["name"] for cost in shown["costs"]] == [stage["name"] for stage in shown["stages"]]
+    assert all(f"{cost['forwards']:,}" in ended.out for cost in shown["costs"])
     assert not list(tmp_path.glob("*.db"))
