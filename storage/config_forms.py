@@ -62,6 +62,9 @@ STALE = (
     "--short long avoids that."
 )
 
+# Passed over by programs that derive their own, which these then are; for who reads the file.
+DERIVED_ARE_WRITTEN = ("long_mscale", "short_mscale")
+
 FORMS: dict[str, ConfigForm] = {
     "transformers": ConfigForm(
         "transformers 5.23",
@@ -100,12 +103,14 @@ FORMS: dict[str, ConfigForm] = {
         ("granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3"),
         place=SCALING,
         types=("type", "rope_type"),
+        attention=DERIVED_ARE_WRITTEN,
     ),
     "exllamav2": ConfigForm(
         "exllamav2 0.3.2",
         Room("exllamav2", short=True, attention=DERIVED, short_derived=1.0),
         ("gemma2", "granite", "llama", "mistral", "mixtral", "phi3", "qwen2", "qwen3"),
         place=SCALING,
+        attention=DERIVED_ARE_WRITTEN,
         remarks=("exllamav2 takes short or long once, by its max_seq_len.",),
     ),
     "exllamav3": ConfigForm(
@@ -113,6 +118,7 @@ FORMS: dict[str, ConfigForm] = {
         Room("exllamav3", short=True, attention=DERIVED),
         ("gemma2", "llama", "mistral", "mixtral", "phi3", "qwen2", "qwen3"),
         place=SCALING,
+        attention=DERIVED_ARE_WRITTEN,
         remarks=("exllamav3 takes short or long once, by its max_position_embeddings.",),
     ),
     "onnx-genai": ConfigForm(

@@ -139,14 +139,14 @@ def read_gguf(path: Path) -> Stated:
     attention = float(attention) if isinstance(attention, int | float) else 1.0
     exact = header.keys.get(EXACT_ATTENTION)
     same = isinstance(exact, float) and np.float32(exact) == np.float32(attention)
-    family = {architecture: name for name, architecture in FAMILIES.items() if name == architecture}
+    families = [name for name, architecture in FAMILIES.items() if architecture == header.architecture]
     return Stated(
         Factors(_exact(header, EXACT_LONG, long)),
         None if short is None else Factors(_exact(header, EXACT_SHORT, short)),
         theta=_number(header.own("rope.freq_base")),
         original_length=_whole(header.own("rope.scaling.original_context_length")),
         target_length=_whole(header.own("context_length")),
-        family=family.get(header.architecture),
+        family=families[0] if len(families) == 1 else None,
         layers=_whole(header.own("block_count")),
         attention=float(exact) if same and isinstance(exact, float) else float(str(np.float32(attention))),
         short_attention=None,
@@ -174,6 +174,8 @@ def _check(header: Header, taken: Taken, source: Path) -> None:
             f"llama.cpp loads no factors in {architecture or 'nameless'} models, and refuses a file that has them; it "
             f"does in {', '.join(ARCHITECTURES)}."
         )
+    if (_whole(header.keys.get("split.count")) or 1) > 1:
+        raise LongRopeError(f"{source} is one part of several; join them with llama-gguf-split --merge first.")
     heads, width = _whole(header.own("attention.head_count")), _whole(header.own("embedding_length"))
     rotated = _whole(header.own("rope.dimension_count")) or _whole(header.own("attention.key_length"))
     if rotated is None and heads and width:

@@ -45,6 +45,8 @@ CONFIG = {
     "rope_theta": 10000.0, "max_position_embeddings": ORIGINAL,
 }  # fmt: skip
 
+SU = attention_factor("su", MODEL.spec, 8.0)
+
 # On the grid and off it, rising and falling.
 LAMBDAS = st.one_of(st.integers(100, 60000).map(lambda value: value / 100), st.floats(0.5, 600.0))
 ROW = st.lists(LAMBDAS, min_size=PAIRS, max_size=PAIRS).map(tuple)
@@ -166,7 +168,12 @@ def check(form: str, drawn: tuple[Regime, ...]) -> None:
     assert from_json(json.loads(json.dumps(to_json(back)))) == back
 
 
-SU = attention_factor("su", MODEL.spec, 8.0)
+@pytest.mark.parametrize("form", ["exllamav2", "exllamav3", "transformers4", "vllm", "gguf"])
+@pytest.mark.parametrize("low", [1.0, SU])
+def test_two_lists_under_the_attention_factors_that_programs_derive(form: str, low: float) -> None:
+    """exllamav2 takes 1 for short text and exllamav3 the long one's, which the file alone does not show."""
+    short = Regime(1, ORIGINAL, Factors((1.0, 1.5, 1.25, 2.0), 0, low), repr(low))
+    check(form, (short, Regime(ORIGINAL + 1, 8 * ORIGINAL, HIGH, "su")))
 
 
 def single(factors: Factors, *before: Regime) -> FactorFile:
