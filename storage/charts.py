@@ -19,20 +19,20 @@ Points = Sequence[tuple[float, float]]
 def scatter(
     points: Points, line: Points, marks: Mapping[str, float], width: int, height: int, ascii_only: bool = False
 ) -> list[Text]:
-    """Points, a falling step line through the best of them, and levels with names.
+    """Points, a step line, and levels with names.
 
-    The vertical axis is logarithmic and ends where the line began, or at the median of the points; what lies beyond is
+    The vertical axis is logarithmic and ends at the line's highest, or at the median of the points; what lies beyond is
     left out, so that bad ones do not flatten the rest.
 
     Parameters
     ----------
-    points, line: x and y > 0, the line's in the order of x and with at least one.
+    points, line: x and y > 0, the line's finite, in the order of x and at least one.
     marks: name -> y; drawn where it is within the axis.
     width, height: characters, without the numbers at the left.
     """
     low = min(y for _, y in line)
     ordered = sorted(y for _, y in points) or [low]
-    high = max(line[0][1], ordered[(len(ordered) - 1) // 2], low * 1.01)
+    high = max(max(y for _, y in line), ordered[(len(ordered) - 1) // 2], low * 1.01)
     if math.isinf(high):
         high = max((y for y in ordered if math.isfinite(y)), default=low * 1.01)
     last = max(x for x, _ in [*points, *line]) or 1.0
@@ -45,10 +45,9 @@ def scatter(
     dots = {place(x, y) for x, y in points if low <= y <= high}
     drawn: set[tuple[int, int]] = set()
     for (x0, y0), (x1, y1) in zip(line, [*line[1:], (last, line[-1][1])], strict=True):
-        if y0 > high:
-            continue
-        (left, row), (right, below) = place(x0, y0), place(x1, min(y1, high))
-        drawn |= {(x, row) for x in range(left, right + 1)} | {(right, y) for y in range(row, below + 1)}
+        (left, row), (right, next_row) = place(x0, y0), place(x1, y1)
+        drawn |= {(x, row) for x in range(left, right + 1)}
+        drawn |= {(right, y) for y in range(min(row, next_row), max(row, next_row) + 1)}
     levels = {name: place(0, y)[1] // 4 for name, y in marks.items() if low <= y <= high}
     rows = []
     for row in range(height):

@@ -62,7 +62,7 @@ class _Screen:
                 if self._console.size != size:  # lines that were folded or cut are not where they were drawn
                     size = self._console.size
                     self._console.clear()
-                self._live.update(Text("\n").join(self._draw()), refresh=True)
+                self._live.update(Text("\n").join([Text(), *self._draw()]), refresh=True)
         except Exception:
             return
 
@@ -218,7 +218,7 @@ class Watcher:
                 self._recent.popleft()
             picture.rate = 60 * len(self._recent) / max(1.0, min(RATE_SECONDS, picture.elapsed))
             picture.left = self._left()
-            return search_view(picture, self._console.width, self._console.height, self._console.options.ascii_only)
+            return search_view(picture, self._console.width, self._console.height - 1, self._console.options.ascii_only)
 
     def _left(self) -> float:
         """Seconds until the end: what is left of each kind by its mean time, at as many at a time as so far."""
@@ -279,4 +279,4 @@ class TuningWatcher:
             if self._first is not None and picture.step > self._first[0]:
                 each = (now - self._first[1]) / (picture.step - self._first[0])
                 picture.rate, picture.left = 60 / each, each * (self._steps - picture.step)
-            return tuning_view(picture, self._console.width, self._console.height, self._console.options.ascii_only)
+            return tuning_view(picture, self._console.width, self._console.height - 1, self._console.options.ascii_only)

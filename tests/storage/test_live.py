@@ -214,6 +214,12 @@ def test_the_chart_puts_the_best_at_the_bottom_and_a_level_where_it_belongs() ->
     assert "beyond" not in "".join(plain)
 
 
+def test_a_line_that_rises_is_drawn_to_its_highest() -> None:
+    plain = [row.plain[9:] for row in scatter([], [(0, 1.0), (5, 4.0), (10, 2.0)], {}, 20, 5, True)]
+    assert [row.find("*") for row in plain] == [10, 10, 10, 10, 0]
+    assert [row.rfind("*") for row in plain] == [19, 19, 19, 10, 10]
+
+
 def test_bars_are_as_high_as_the_logarithm() -> None:
     rows = [row.plain[8:] for row in bars([1.0, 10.0, 100.0, 1000.0, 10000.0], 10000.0, 5, 4, True)]
     assert [sum(row[i] == "#" for row in rows) for i in range(5)] == [0, 1, 2, 3, 4]
