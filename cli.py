@@ -13,6 +13,7 @@ from commands.export import export
 from commands.extend import extend
 from commands.imports import import_factors
 from commands.launch import launch, resume
+from commands.report import report
 from commands.studies import studies_app
 from searcher.errors import LongRopeError
 
@@ -22,7 +23,7 @@ app = typer.Typer(
     help="Search LongRoPE rescale factors: let a language model read further than it was trained to.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (launch, extend, resume, evaluate, export, dashboard):
+for command in (launch, extend, resume, evaluate, export, report, dashboard):
     app.command()(command)
 app.command("import")(import_factors)
 app.add_typer(studies_app, name="studies")

@@ -16,13 +16,14 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from searcher.errors import LongRopeError
-from storage import cost, lease, progress, stages
+from storage import cost, lease, progress, stages, timings
 from storage.cost import Cost, TrajectoryPoint
 from storage.database import WRITES, connect, explained, parse
 from storage.models import JSON, CandidateRow, Evaluation, StageRow, Study, UnitRow, now
 from storage.progress import CurrentStage, ScoredCandidate, StudySummary
 from storage.stages import FINISHED, RUNNING, WAITING, Checkpoint, StageRecord
 from storage.study_store import StudyStore
+from storage.timings import Timing
 
 STOPPED = "stopped"  # which the store itself does not know
 
@@ -36,6 +37,7 @@ __all__ = [
     "StudyRecord",
     "StudyStore",
     "StudySummary",
+    "Timing",
     "TrajectoryPoint",
 ]
 
@@ -235,6 +237,17 @@ class Repository:
             There is no study of this name.
         """
         return cost.trajectory([row for row in self.generations(name) if row.stage == stage])
+
+    def timings(self, name: str) -> list[Timing]:
+        """When each evaluation of a study was computed, by whom, and how long it took.
+
+        Raises
+        ------
+        LongRopeError
+            There is no study of this name.
+        """
+        with self._reading() as session:
+            return timings.timings(session, _find(session, name))
 
     def delete_study(self, name: str) -> None:
         """Remove a study, and the evaluations that no other study refers to.

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from storage.measured import read_evaluation
 from tests.conftest import Longrope
 
 LENGTHS = "--lengths=64,512"
@@ -102,3 +103,28 @@ def test_what_cannot_be_measured_is_refused_in_one_line(
     assert ended.status == 1
     assert ended.err.count("\n") == 1
     assert message in ended.err
+
+
+def test_a_report_reads_what_the_command_prints(found: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "measured.json"
+    path.write_text(json.dumps(found))
+    measured = read_evaluation(path)
+    own = [row for row in found["sliding"] if row["attention"] == "own" and row["failure"] is None]
+    for row in own:
+        method, length = row["method"], row["length"]
+        assert measured.perplexity[method][length] == row["single"]["perplexity"]
+        assert measured.sliding[method][length] == row["sliding"]["perplexity"]
+        buckets = measured.positions[method][length]
+        assert [(bucket.start, bucket.end) for bucket in buckets] == [(b["start"], b["end"]) for b in row["positions"]]
+        total = math.fsum(
+            math.log(b.perplexity) * each["tokens"] for b, each in zip(buckets, row["positions"], strict=True)
+        )
+        assert total == pytest.approx(row["single"]["nll"], rel=1e-9)
+    assert sum(map(len, measured.positions.values())) == len(own)
+    for kind in ("passkey", "key_value", "key_value_json"):
+        for method, cells in found[kind].items():
+            for length, cell in cells.items():
+                trials = measured.retrieval[kind].get(method, {}).get(int(length), [])
+                assert sum(each.right for each in trials) == sum(
+                    row["right"] for row in cell["by_depth"] if row["depth"] is not None
+                )

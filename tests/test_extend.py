@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from report_reader import Page
 from safetensors.torch import load_file, save_file
 from test_kill_extension import PLAN, training_text
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -62,6 +63,37 @@ def extension(
     ended = longrope_in(folder, *command(folder, COMPARED, tiny_llama_folder, text_folder), "--json")
     assert ended.status == 0, ended.err
     return Extension(folder, json.loads(ended.out), ended.err)
+
+
+def test_its_report_shows_stages_tunings_regimes_and_what_it_came_to(
+    extension: Extension, longrope_in: Longrope
+) -> None:
+    ended = longrope_in(extension.folder, "report", "far", "--storage=sqlite:///store.db", "--json")
+    assert ended.status == 0, ended.err
+    page = Page.read(extension.folder / json.loads(ended.out)["written"])
+    stages = read_stages(extension)
+    assert page.column("stages", "stage") == [name for name, _, _ in stages]
+    assert set(page.column("stages", "status")) == {"finished"}
+    assert page.tables["length-0"][0] == ["method", "64", "256"]
+    searched = [str(place) for place, (_, kind, _) in enumerate(stages) if kind in ("search", "recover")]
+    assert {figure for figure in page.figures if figure.startswith("convergence")} == {
+        f"convergence-{n}" for n in searched
+    }
+    assert {"training-held-out-perplexity", "training-loss", "regimes", "key-value-0", "time"} <= {*page.figures}
+    rows = extension.answer["result"]["rows"]
+    assert page.plots["key-value-0"] == sum(
+        any("key_value" in cell for cell in cells.values()) for cells in rows.values()
+    )
+    file = read(extension.folder / "far-factors.json")
+    assert page.column("regimes", "tokens") == [f"{r.min_length} to {r.max_length}" for r in file.regimes]
+    steps = [float(value) for value in page.column("training-held-out-perplexity", "perplexity")]
+    kept = extension.rows("select value from longrope_training_logs where name = 'held_out_perplexity'")
+    assert sorted(steps) == pytest.approx(sorted(value for (value,) in kept), abs=1e-4)
+
+
+def read_stages(extension: Extension) -> list[tuple[str, str, str]]:
+    rows = extension.rows("select settings, kind, status from longrope_stages order by stage")
+    return [(json.loads(settings)["name"], kind, status) for settings, kind, status in rows]
 
 
 def test_the_table_has_every_row_at_every_length_it_serves(extension: Extension) -> None:
