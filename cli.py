@@ -7,6 +7,7 @@ import sys
 
 import typer
 
+from commands.command_line import hide_password
 from commands.dashboard import dashboard
 from commands.evaluate import evaluate
 from commands.export import export
@@ -31,6 +32,7 @@ app.add_typer(studies_app, name="studies")
 
 def main() -> None:
     """Run the command; a user's mistake is one line on standard error and exit status 1."""
+    hide_password()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         app()

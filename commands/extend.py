@@ -11,6 +11,7 @@ import typer
 
 from commands.options import (
     DEFAULT_STORAGE,
+    DEFAULT_STORAGE_TIMEOUT,
     AsJson,
     Attention,
     Chunk,
@@ -27,12 +28,14 @@ from commands.options import (
     SelectionData,
     SlidingWindow,
     Storage,
+    StorageTimeout,
     StreamWeights,
     TestData,
     TextColumn,
     Threads,
     Workers,
     check_study_name,
+    driver_store,
     model_path,
     model_request,
     new_name,
@@ -60,6 +63,7 @@ def extend(
     ] = None,
     study: Annotated[str | None, typer.Option(help="Name of the study; made up if not given.")] = None,
     storage: Storage = DEFAULT_STORAGE,
+    storage_timeout: StorageTimeout = DEFAULT_STORAGE_TIMEOUT,
     seed: Annotated[
         int | None, typer.Option(min=0, max=2**63 - 1, help="Of all randomness, in place of the plan's.")
     ] = None,
@@ -99,7 +103,6 @@ def extend(
     from searcher.extension import FINETUNE
     from searcher.plan_file import read_plan
     from storage.report import plan_table
-    from storage.repository import Repository
     from workers.corpus import CorpusRequest
     from workers.model import read_original_length
 
@@ -126,7 +129,7 @@ def extend(
         text_column=text_column,
         seed=data_seed,
     )
-    repository = Repository(storage)
+    repository = driver_store(storage, storage_timeout)
     name = new_name(repository, study, f"{plain(Path(path).name)}-{plain(stages.name)}")
     pool = pool_request(options)
     cores = tuning_threads or os.cpu_count() or 1

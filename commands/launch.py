@@ -11,6 +11,7 @@ import typer
 from commands.extend import run_extend
 from commands.options import (
     DEFAULT_STORAGE,
+    DEFAULT_STORAGE_TIMEOUT,
     AsJson,
     Attention,
     Chunk,
@@ -27,12 +28,14 @@ from commands.options import (
     SelectionData,
     SlidingWindow,
     Storage,
+    StorageTimeout,
     StreamWeights,
     TestData,
     TextColumn,
     Threads,
     Workers,
     check_study_name,
+    driver_store,
     model_path,
     model_request,
     new_name,
@@ -55,6 +58,7 @@ def launch(
     target: Annotated[str, typer.Option(help="Target length: tokens, or 128k, 1M, 8x (times the window).")] = "8x",
     study: Annotated[str | None, typer.Option(help="Name of the study; made up if not given.")] = None,
     storage: Storage = DEFAULT_STORAGE,
+    storage_timeout: StorageTimeout = DEFAULT_STORAGE_TIMEOUT,
     preset: Annotated[
         str, typer.Option(help="refined (gradient and evolution), paper, paper-xl or quick (evolution alone).")
     ] = "refined",
@@ -130,7 +134,6 @@ def launch(
     from commands.runs import Run
     from searcher.plan import parse_choices, parse_length, settled
     from searcher.space import N_HATS
-    from storage.repository import Repository
     from workers.corpus import CorpusRequest
     from workers.model import read_original_length
 
@@ -185,7 +188,7 @@ def launch(
         needles=needles,
     )
     request = model_request(options, path, length)
-    repository = Repository(storage)
+    repository = driver_store(storage, storage_timeout)
     study = new_name(repository, study, f"{plain(Path(path).name)}-{length}-seed{seed}")
     pool = pool_request(options)
     _run(repository, Run(study, request, corpus, settings, pool, out), storage, as_json, is_new=True)
@@ -194,6 +197,7 @@ def launch(
 def resume(
     study: Annotated[str, typer.Argument(help="Name of the study.")],
     storage: Storage = DEFAULT_STORAGE,
+    storage_timeout: StorageTimeout = DEFAULT_STORAGE_TIMEOUT,
     workers: Workers = None,
     gpus_per_worker: GpusPerWorker = None,
     ray_address: RayAddress = None,
@@ -215,10 +219,9 @@ def resume(
     """
     from commands.extensions import Extension
     from commands.runs import Run
-    from storage.repository import Repository
     from workers.scorer import PoolRequest
 
-    repository = Repository(storage, create=False)
+    repository = driver_store(storage, storage_timeout, create=False)
     record = repository.study(study)
     if record.status == "finished":
         raise LongRopeError(

@@ -6,9 +6,11 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
+import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 
 DEFAULT_STORAGE = "sqlite:///longrope.db"
+DEFAULT_STORAGE_TIMEOUT = 600.0
 # A study's name is part of a file's name and is typed after `longrope resume`.
 STUDY_NAME = re.compile(r"\w[\w.+=@-]{0,59}")
 
@@ -36,7 +39,19 @@ Data = Annotated[
 SelectionData = Annotated[list[str] | None, typer.Option(help="Text of the selection set, where you name the sets.")]
 TestData = Annotated[list[str] | None, typer.Option(help="Text of the test set, where you name the sets.")]
 TextColumn = Annotated[str, typer.Option(help="Column of JSONL and parquet that holds the text.")]
-Storage = Annotated[str, typer.Option(envvar="LONGROPE_STORAGE", help="SQLAlchemy URL of the store.")]
+Storage = Annotated[
+    str,
+    typer.Option(
+        envvar="LONGROPE_STORAGE",
+        help="SQLAlchemy URL of the store; its password may be left to PGPASSWORD or ~/.pgpass.",
+    ),
+]
+StorageTimeout = Annotated[
+    float,
+    typer.Option(
+        min=0, envvar="LONGROPE_STORAGE_TIMEOUT", help="Seconds to wait, each time that the store's server goes away."
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 Workers = Annotated[
     int | None, typer.Option(min=1, help="Ray workers, each with the whole model; one a core or GPU if not given.")
@@ -101,12 +116,38 @@ def stoppable(repository: Repository, study: str, storage: str, console: Console
     try:
         yield
     except KeyboardInterrupt:
-        known = study in {summary.name for summary in repository.studies()}
-        where = "" if storage == DEFAULT_STORAGE or "@" in storage else f" --storage {storage}"  # no password on screen
-        again = f"what was computed is kept. Go on with: longrope resume {study}{where}"
+        known = True
+        with suppress(LongRopeError):  # where the store does not answer, the study is there for all we know
+            known = study in {summary.name for summary in repository.studies()}
+        again = f"what was computed is kept. Go on with: longrope resume {study}{_storage_option(storage)}"
         advice = again if known else "nothing had begun."
-        console.print(f"\nStopped; {advice}", highlight=False)
+        console.print(f"\nStopped; {advice}", highlight=False, soft_wrap=True)
         raise typer.Exit(130) from None
+
+
+def _storage_option(storage: str) -> str:
+    """What leads a later command to the same store. No password is shown; the environment of the user has it."""
+    from storage.database import without_password
+
+    shown = without_password(storage)
+    known = shown in (DEFAULT_STORAGE, os.environ.get("LONGROPE_STORAGE"))
+    return "" if known else f" --storage {shlex.quote(shown)}"
+
+
+def driver_store(storage: str, timeout: float, create: bool = True) -> Repository:
+    """The store for a command that drives a study: it waits for a server that goes away, and says so.
+
+    What the command starts from here on, Ray's processes among it, finds no password in its environment.
+    """
+    from storage.database import without_password
+    from storage.patience import Patience
+    from storage.repository import Repository
+
+    repository = Repository(storage, create, Patience(timeout, lambda text: print(text, file=sys.stderr, flush=True)))
+    os.environ.pop("PGPASSWORD", None)  # the repository has it
+    if "LONGROPE_STORAGE" in os.environ:
+        os.environ["LONGROPE_STORAGE"] = without_password(storage)
+    return repository
 
 
 def open_console(stderr: bool = False) -> Console:

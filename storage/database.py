@@ -5,12 +5,14 @@ All that is particular to one kind of database is here; the rest of the room is 
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, quote_plus
 
 from alembic import command
 from alembic.config import Config
@@ -23,15 +25,33 @@ from sqlalchemy.exc import (
     DataError,
     DBAPIError,
     IntegrityError,
+    InterfaceError,
     NotSupportedError,
     ProgrammingError,
 )
 
 from searcher.errors import LongRopeError
 from storage.models import VERSION_TABLE, Study
+from storage.patience import StoreLost
 
 MIGRATIONS = Path(__file__).with_name("migrations")
 BUSY_SECONDS = 30  # how long SQLite waits for another process's transaction; `?timeout=` in the URL says otherwise
+# A server whose machine is gone must be noticed sooner than after the hours that TCP takes. All of these may be set in
+# the URL; they say nothing on a socket of this host.
+KEEPALIVE = {
+    "connect_timeout": 10,  # seconds, like the next two
+    "keepalives_idle": 30,
+    "keepalives_interval": 10,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 60_000,  # milliseconds
+}
+# After which PostgreSQL undoes a transaction whose driver is silent: one on a machine that is gone must not hold its
+# study's row.
+IDLE_SECONDS = 60
+# PostgreSQL's own codes of what another try may mend: the connection failed, the server stops or starts, it has too
+# many connections, it undid the transaction for another's sake or since it was idle, it only reads after a failover.
+TRANSIENT = ("08", "57P", "53300", "40001", "40P01", "25P03", "25006")
+SECRETS = ("password", "secret", "conninfo", "dsn")  # in the names of a URL's parameters
 WRITES = "longrope_writes"  # execution option: this connection's transactions write
 
 _migrating = threading.Lock()  # Alembic's `op` and `context` are globals of its modules
@@ -54,6 +74,10 @@ def parse(url: str) -> URL:
         ) from None
     if parsed.drivername == "postgresql":  # SQLAlchemy 2.0 would look for psycopg2, 2.1 looks for psycopg
         parsed = parsed.set(drivername="postgresql+psycopg")
+    stated = parsed.password is not None or not {"password", "service"}.isdisjoint(parsed.query)
+    if _is_postgresql(parsed) and not stated and "PGSERVICE" not in os.environ:
+        # As libpq would at every connection; but a driver takes it out of its environment, which its workers inherit.
+        parsed = parsed.set(password=os.environ.get("PGPASSWORD"))
     if parsed.get_backend_name() == "sqlite":
         if parsed.database in (None, "", ":memory:"):
             raise LongRopeError("A store outlives its process: name a file, such as sqlite:///longrope.db.")
@@ -66,6 +90,23 @@ def parse(url: str) -> URL:
 def shown(url: URL) -> str:
     """The address for people: without the password, and without the query, which may hold another."""
     return url.set(query={}).render_as_string(hide_password=True)
+
+
+def without_password(url: str) -> str:
+    """An address that leads to the same database once the password comes another way; as it was where it has none."""
+    parsed = make_url(url)
+    query = {name: value for name, value in parsed.query.items() if not any(word in name for word in SECRETS)}
+    if parsed.password is None and len(query) == len(parsed.query):
+        return url
+    bare = URL.create(parsed.drivername, parsed.username, None, parsed.host, parsed.port, parsed.database, query)
+    return bare.render_as_string(hide_password=False)
+
+
+def password(url: str) -> str | None:
+    """The password in a PostgreSQL address."""
+    parsed = make_url(url)
+    stated = parsed.password if parsed.password is not None else parsed.query.get("password")
+    return str(stated) if stated and _is_postgresql(parsed) else None
 
 
 def connect(url: URL, create: bool = True) -> Engine:
@@ -84,7 +125,9 @@ def connect(url: URL, create: bool = True) -> Engine:
     if sqlite and not create and "uri" not in url.query and not Path(str(url.database)).exists():
         raise _no_store(url)
     try:
-        arguments: dict[str, Any] = {"timeout": BUSY_SECONDS} if sqlite and "timeout" not in url.query else {}
+        libpq = url.drivername.startswith("postgresql+psycopg")
+        given: dict[str, Any] = {"timeout": BUSY_SECONDS} if sqlite else KEEPALIVE if libpq else {}
+        arguments = {name: value for name, value in given.items() if name not in url.query}
         # Pre-ping: a connection that a restart of the server cut is replaced, not reported.
         engine = create_engine(url, connect_args=arguments, pool_pre_ping=True)
     except ImportError as error:
@@ -96,6 +139,8 @@ def connect(url: URL, create: bool = True) -> Engine:
         raise LongRopeError(f"The store {shown(url)} cannot be opened: {_plain(error, url)}") from None
     if sqlite:
         _tune_sqlite(engine)
+    elif _is_postgresql(url):
+        _tune_postgresql(engine)
     try:
         try:
             _migrate(engine, url, create)
@@ -135,6 +180,18 @@ def _tune_sqlite(engine: Engine) -> None:
             connection.rollback()
 
 
+def _is_postgresql(url: URL) -> bool:
+    return url.get_backend_name() == "postgresql"
+
+
+def _tune_postgresql(engine: Engine) -> None:
+    @event.listens_for(engine, "begin")
+    def begin(connection: Connection) -> None:
+        # For this transaction alone: a setting of the session would stay behind in a pool like PgBouncer's.
+        if connection.get_execution_options().get(WRITES):
+            connection.exec_driver_sql(f"SET LOCAL idle_in_transaction_session_timeout = '{IDLE_SECONDS}s'")
+
+
 def _no_store(url: URL) -> LongRopeError:
     return LongRopeError(f"There is no store at {shown(url)}; `longrope launch` makes one.")
 
@@ -162,19 +219,40 @@ def _migrate(engine: Engine, url: URL, create: bool) -> None:
 
 @contextmanager
 def explained(url: URL, advice: str) -> Iterator[None]:
-    """Turn what a database or its disk can do to us into a LongRopeError; what only a bug can do passes through."""
+    """Turn what a database or its disk can do to us into a LongRopeError; what only a bug can do passes through.
+
+    Raises
+    ------
+    StoreLost
+        Where another try may succeed.
+    """
     try:
         yield
     except (IntegrityError, ProgrammingError, DataError, NotSupportedError):
         raise
-    except DatabaseError as error:
-        raise LongRopeError(f"The store {shown(url)} failed: {_plain(error, url)}. {advice}") from error
+    except (DatabaseError, InterfaceError) as error:
+        what = f"The store {shown(url)} failed: {_plain(error, url)}"
+        if _is_lost(error):
+            raise StoreLost(what, advice) from error
+        if isinstance(error, InterfaceError):
+            raise
+        raise LongRopeError(f"{what}. {advice}") from error
+
+
+def _is_lost(error: DBAPIError) -> bool:
+    """Whether the server, or the way to it, is gone for now. Never so for SQLite, which has waited for locks itself."""
+    if error.connection_invalidated:
+        return True
+    # psycopg has it on every error, and None where no server said anything.
+    state = getattr(error.orig, "sqlstate", "none")
+    return isinstance(error, DatabaseError) and (state is None or state.startswith(TRANSIENT))
 
 
 def _plain(error: Exception, url: URL) -> str:
     """The driver's own words on one line, without SQL and without passwords."""
     text = " ".join(str(error.orig if isinstance(error, DBAPIError) else error).split()).rstrip(".")
-    for secret in (url.password, url.query.get("password")):
-        if secret:
-            text = text.replace(str(secret), "***")
+    hidden = [value for name, value in url.query.items() if any(word in name for word in SECRETS)]
+    for secret in filter(None, map(str, (url.password, *hidden))):
+        for spelt in (secret, quote(secret), quote(secret, safe=""), quote_plus(secret), repr(secret)[1:-1]):
+            text = text.replace(spelt, "***")
     return text

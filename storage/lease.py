@@ -17,7 +17,6 @@ from datetime import datetime
 from pathlib import Path
 from socket import gethostname
 from typing import Any, cast
-from uuid import uuid4
 
 from sqlalchemy import CursorResult, Update, select, update
 from sqlalchemy.exc import SQLAlchemyError
@@ -120,8 +119,12 @@ def is_held(owner: Mapping[str, Any] | None, heartbeat_at: datetime | None, cloc
     return not Owner(**owner).is_dead(here, (clock - heartbeat_at).total_seconds())
 
 
-def acquire(session: Session, study_id: int, name: str, here: Owner) -> str:
-    """Take a study that nobody, or a dead owner, holds; returns the token that proves it.
+def acquire(session: Session, study_id: int, name: str, here: Owner, mine: str) -> None:
+    """Take a study that nobody, or a dead owner, holds.
+
+    Parameters
+    ----------
+    mine: the token that proves it from now on; where the study has it already, an earlier try was not in vain.
 
     Raises
     ------
@@ -131,13 +134,14 @@ def acquire(session: Session, study_id: int, name: str, here: Owner) -> str:
     seen = select(Study.lease_token, Study.lease_owner, Study.lease_version, Study.lease_heartbeat_at, database_now())
     while True:
         token, owner, version, heartbeat_at, clock = session.execute(seen.where(Study.id == study_id)).one()
+        if token == mine:
+            return
         if token is not None:
             _refuse_if_alive(Owner(**owner), here, name, (clock - heartbeat_at).total_seconds())
-        token = uuid4().hex
-        values = {"lease_token": token, "lease_owner": asdict(here), "lease_heartbeat_at": database_now()}
+        values = {"lease_token": mine, "lease_owner": asdict(here), "lease_heartbeat_at": database_now()}
         # Any change since the SELECT, a heartbeat or a faster rival, has moved the version on: look again.
         if _changed(session, _lease(study_id, **values).where(Study.lease_version == version)):
-            return token
+            return
 
 
 def _refuse_if_alive(owner: Owner, here: Owner, name: str, silence: float) -> None:
@@ -152,19 +156,39 @@ def _refuse_if_alive(owner: Owner, here: Owner, name: str, silence: float) -> No
     raise LongRopeError(message)
 
 
-def fence(session: Session, study_id: int, name: str, token: str) -> None:
+class AlreadyWritten(Exception):
+    """The transaction that is to be done again was committed; only the answer was lost."""
+
+
+def fence(session: Session, study_id: int, name: str, token: str, unsure: datetime | None = None) -> datetime:
     """Prove the lease inside a transaction that writes, and note that the study changed; first of its statements.
 
     An UPDATE, not a SELECT: the row stays locked until the commit, so no takeover can come in between.
 
+    Parameters
+    ----------
+    unsure: when this same transaction was tried before and nobody knows how that ended, as returned then.
+
+    Returns
+    -------
+    when the study changes by this transaction: nothing else writes that.
+
     Raises
     ------
+    AlreadyWritten
+        The earlier try was committed.
     LongRopeError
         Another driver has taken the study over.
     """
-    held = update(Study).where(Study.id == study_id, Study.lease_token == token).values(updated_at=now())
+    if unsure is not None:
+        # Locked, so that an earlier try that its server is still at comes to its end first.
+        last = select(Study.updated_at).where(Study.id == study_id, Study.lease_token == token).with_for_update()
+        if session.execute(last).scalar() == unsure:
+            raise AlreadyWritten
+    moment = now()
+    held = update(Study).where(Study.id == study_id, Study.lease_token == token).values(updated_at=moment)
     if _changed(session, held):
-        return
+        return moment
     owner = session.execute(select(Study.lease_owner).where(Study.id == study_id)).scalar()
     what = "is gone" if owner is None else f"was taken over by process {owner['pid']} on host {owner['host']}"
     raise LongRopeError(

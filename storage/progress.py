@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from itertools import groupby, takewhile
 from typing import Any, NamedTuple
@@ -109,8 +109,8 @@ class ScoredCandidate:
     document: str | None
     number: int = 0
     by_document: tuple[tuple[float, int], ...] = ()
-    started_at: datetime | None = None
-    finished_at: datetime | None = None
+    started_at: datetime | None = field(default=None, compare=False)  # of no account to what a study found
+    finished_at: datetime | None = field(default=None, compare=False)
     seconds: float = 0.0
 
 

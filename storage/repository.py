@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import groupby
 from typing import Any
+from uuid import uuid4
 
 from sqlalchemy import delete, exists, select
 from sqlalchemy.exc import IntegrityError
@@ -20,6 +21,7 @@ from storage import cost, lease, progress, stages, timings
 from storage.cost import Cost, TrajectoryPoint
 from storage.database import WRITES, connect, explained, parse
 from storage.models import JSON, CandidateRow, Evaluation, StageRow, Study, UnitRow, now
+from storage.patience import IMPATIENT, Patience, repeated
 from storage.progress import CurrentStage, ScoredCandidate, StudySummary
 from storage.stages import FINISHED, RUNNING, WAITING, Checkpoint, StageRecord
 from storage.study_store import StudyStore
@@ -73,6 +75,8 @@ class Repository:
     ----------
     url: an SQLAlchemy URL. A SQLite file is made where there is none, its folder is not.
     create: make the store where there is none; without it that is an error, and nothing is made.
+    patience: with a server that goes away, for all that a driver asks between beginning and end. The constructor has
+        none, nor have ``studies`` and ``delete_study``.
 
     Raises
     ------
@@ -82,13 +86,17 @@ class Repository:
         By every method: the database failed. Passwords are never in the message.
     """
 
-    def __init__(self, url: str, create: bool = True) -> None:
+    def __init__(self, url: str, create: bool = True, patience: Patience = IMPATIENT) -> None:
         self._url = parse(url)
+        self._patience = patience
         self._engine = connect(self._url, create)
 
     def close(self) -> None:
         """Close the connections."""
         self._engine.dispose()
+
+    def _repeat(self, attempt: Callable[[], Any]) -> Any:
+        return self._patience.over(attempt)
 
     @contextmanager
     def _reading(self) -> Iterator[Session]:
@@ -121,6 +129,16 @@ class Repository:
             The name is in use.
         """
         moment = now()
+        self._repeat(lambda: self._create_study(moment, name, kind, settings, planned))
+
+    def _create_study(
+        self,
+        moment: datetime,
+        name: str,
+        kind: str,
+        settings: Mapping[str, JSON],
+        planned: Sequence[tuple[str, Mapping[str, JSON]]],
+    ) -> None:
         study = Study(
             name=name, kind=kind, settings=dict(settings), status=RUNNING, created_at=moment, updated_at=moment
         )
@@ -133,11 +151,15 @@ class Repository:
                     for number, (stage, asked) in enumerate(planned)
                 )
         except IntegrityError:
+            with self._reading() as session:
+                if session.scalars(select(Study.created_at).where(Study.name == name)).first() == moment:
+                    return  # by an earlier try, whose answer was lost
             raise LongRopeError(
                 f"There is a study {name!r} already: go on with it by `longrope resume {name}`, or choose another "
                 "name for the new one."
             ) from None
 
+    @repeated
     def study(self, name: str) -> StudyRecord:
         """One study.
 
@@ -180,6 +202,7 @@ class Repository:
                 summaries.append(StudySummary(name, kind, status, *figures, created, updated, stage))
         return summaries
 
+    @repeated
     def stages(self, name: str) -> list[StageRecord]:
         """The stages of an extension in order; none where the study is a plain search.
 
@@ -191,6 +214,7 @@ class Repository:
         with self._reading() as session:
             return stages.stages(session, _find(session, name).id)
 
+    @repeated
     def training_log(self, name: str, stage: int) -> dict[str, dict[int, float]]:
         """What a fine-tuning logged so far: by name, then by step, ascending.
 
@@ -202,6 +226,7 @@ class Repository:
         with self._reading() as session:
             return stages.training_log(session, _find(session, name).id, stage)
 
+    @repeated
     def generations(self, name: str, after: int = 0) -> list[ScoredCandidate]:
         """Every candidate of a study with its score, stage by stage, in the order in which they were asked for.
 
@@ -217,6 +242,7 @@ class Repository:
         with self._reading() as session:
             return progress.scored_candidates(session, _find(session, name), after)
 
+    @repeated
     def cost(self, name: str, stage: int | None = None) -> Cost:
         """What a study, or one stage of it, is made of so far, in document forwards and gradient steps.
 
@@ -262,7 +288,7 @@ class Repository:
         """
         with self._writing("try again") as session:
             study_id = _find(session, name).id
-            lease.acquire(session, study_id, name, lease.Owner.of(os.getpid()))
+            lease.acquire(session, study_id, name, lease.Owner.of(os.getpid()), uuid4().hex)
             keys = select(UnitRow.key).join(CandidateRow, CandidateRow.id == UnitRow.candidate_id)
             others = keys.where(CandidateRow.study_id != study_id, UnitRow.key == Evaluation.key)
             mine = Evaluation.key.in_(keys.where(CandidateRow.study_id == study_id))
@@ -284,9 +310,16 @@ class Repository:
             There is no study of this name, or a live driver holds it.
         """
         resume = f"`longrope resume {name}`"
-        with self._writing(resume) as session:
-            study_id = _find(session, name).id
-            token = lease.acquire(session, study_id, name, lease.Owner.of(os.getpid()))
+        token = uuid4().hex
+
+        def take() -> int:
+            with self._writing(resume) as session:
+                study_id = _find(session, name).id
+                lease.acquire(session, study_id, name, lease.Owner.of(os.getpid()), token)
+                return study_id
+
+        study_id: int = self._repeat(take)
+        unsure: datetime | None = None  # the moment of a write that may or may not have been committed
 
         def beat() -> bool:
             with self._writing(resume) as session:
@@ -294,13 +327,24 @@ class Repository:
 
         @contextmanager
         def writing() -> Iterator[Session]:
+            nonlocal unsure
             with self._writing(resume) as session:
-                lease.fence(session, study_id, name, token)
+                moment = lease.fence(session, study_id, name, token, unsure)
                 yield session
+                unsure = moment
+            unsure = None
+
+        def repeat(attempt: Callable[[], Any]) -> Any:
+            nonlocal unsure
+            unsure = None
+            try:
+                return self._repeat(attempt)
+            except lease.AlreadyWritten:
+                return None  # as every method that writes
 
         heartbeat = lease.Heartbeat(beat, lease.HEARTBEAT_SECONDS)
         try:
-            yield StudyStore(study_id, self._reading, writing)
+            yield StudyStore(study_id, self._reading, writing, repeat)
         finally:
             heartbeat.stop()
             # Where this fails the study's own error is the one to see, and the end of this process frees the study.

@@ -16,8 +16,10 @@ from sqlalchemy.orm import Session
 
 from searcher.errors import LongRopeError
 from storage.models import JSON, CandidateRow, CheckpointRow, StageRow, Study, TrainingLogRow, now
+from storage.patience import repeated
 
 Transactions: TypeAlias = "Callable[[], AbstractContextManager[Session]]"
+Repeat: TypeAlias = "Callable[[Callable[[], Any]], Any]"
 
 WAITING, RUNNING, FINISHED = "waiting", "running", "finished"
 OUTSIDE = "waiting for an outside checkpoint"
@@ -66,21 +68,24 @@ class Checkpoint:
 
 
 class StageStore:
-    """What one study keeps of its stages. Every method is one transaction.
+    """What one study keeps of its stages. Every method is one transaction, done again while the store is lost.
 
     Writing to a stage that the study does not have is an IntegrityError.
     """
 
-    def __init__(self, study_id: int, reading: Transactions, writing: Transactions) -> None:
+    def __init__(self, study_id: int, reading: Transactions, writing: Transactions, repeat: Repeat) -> None:
         self._study_id = study_id
         self._reading = reading
         self._writing = writing
+        self._repeat = repeat
 
+    @repeated
     def stages(self) -> list[StageRecord]:
         """All stages in order; none where the study is a plain search."""
         with self._reading() as session:
             return stages(session, self._study_id)
 
+    @repeated
     def stage(self, stage: int) -> StageRecord:
         """One stage.
 
@@ -92,6 +97,7 @@ class StageStore:
         with self._reading() as session:
             return _record(self._row(session, stage))
 
+    @repeated
     def begin_stage(
         self, stage: int, settings: Mapping[str, JSON] | None = None, profile: Mapping[str, JSON] | None = None
     ) -> None:
@@ -126,6 +132,7 @@ class StageStore:
                 self._fix_profile(session, row, profile)
             row.status = RUNNING
 
+    @repeated
     def wait_outside(self, stage: int) -> None:
         """Mark a running stage as waiting for a checkpoint from an outside trainer; ``begin_stage`` goes on.
 
@@ -143,6 +150,7 @@ class StageStore:
                 )
             row.status = OUTSIDE
 
+    @repeated
     def finish_stage(self, stage: int, result: Mapping[str, JSON]) -> None:
         """Mark a stage finished, with what it found; the same result again is fine, and changes nothing.
 
@@ -163,6 +171,7 @@ class StageStore:
                     f"differs in {unlike(row.result or {}, result)}; that one stays."
                 )
 
+    @repeated
     def record_checkpoint(self, stage: int, step: int, path: str | Path, sha256: str) -> None:
         """Record a checkpoint that is whole and synced on disk; one of the same step is replaced.
 
@@ -172,6 +181,7 @@ class StageStore:
         with self._writing() as session:
             session.merge(CheckpointRow(**place, path=str(path), sha256=sha256, created_at=now()))
 
+    @repeated
     def checkpoints(self, stage: int) -> list[Checkpoint]:
         """The recorded checkpoints of a stage, the latest step last."""
         mine = (CheckpointRow.study_id == self._study_id, CheckpointRow.stage == stage)
@@ -181,12 +191,14 @@ class StageStore:
                 for row in session.scalars(select(CheckpointRow).where(*mine).order_by(CheckpointRow.step))
             ]
 
+    @repeated
     def forget_checkpoint(self, stage: int, step: int) -> None:
         """Strike a checkpoint out, before its files go; nothing happens where there is none."""
         place = (CheckpointRow.study_id == self._study_id, CheckpointRow.stage == stage, CheckpointRow.step == step)
         with self._writing() as session:
             session.execute(delete(CheckpointRow).where(*place))
 
+    @repeated
     def log_training(self, stage: int, step: int, values: Mapping[str, float]) -> None:
         """Keep what a step of a fine-tuning measured, by name; of a step that is run again, the new values stay."""
         if not values:

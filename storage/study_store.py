@@ -15,6 +15,7 @@ from searcher.errors import LongRopeError
 from searcher.rope import Factors
 from searcher.study import Candidate, Document, Outcome
 from storage.models import JSON, CandidateRow, Evaluation, Study, UnitRow, now
+from storage.patience import repeated
 from storage.stages import StageStore, refuse_other_profile, stored
 
 NOT_FINITE = "the loss is not finite"
@@ -32,6 +33,7 @@ class StudyStore(StageStore):
         By every method: the database failed, and what to do. By those that write: another driver took the study over.
     """
 
+    @repeated
     def set_profile(self, profile: Mapping[str, JSON]) -> None:
         """Fix the study's numerics profile, before the first evaluation; the same one again is fine.
 
@@ -52,18 +54,21 @@ class StudyStore(StageStore):
             else:
                 refuse_other_profile(f"The study {study.name!r}", study.profile, profile)
 
+    @repeated
     def finish(self, result: Mapping[str, JSON]) -> None:
         """Mark the study finished, with what it found."""
         with self._writing() as session:
             values = {"status": "finished", "result": dict(result)}
             session.execute(update(Study).where(Study.id == self._study_id).values(values))
 
+    @repeated
     def candidates(self, stage: int, part: str, generation: int) -> list[Candidate] | None:
         """A generation in ask order; None where it was never written."""
         query = select(CandidateRow).where(*self._generation(stage, part, generation)).order_by(CandidateRow.child)
         with self._reading() as session:
             return [Candidate(factors_of(row), row.origin) for row in session.scalars(query)] or None
 
+    @repeated
     def add_generation(
         self,
         stage: int,
@@ -110,6 +115,7 @@ class StudyStore(StageStore):
             ]
             session.execute(insert(UnitRow), rows_of_units)
 
+    @repeated
     def outcomes(self, stage: int, part: str, generation: int) -> list[list[Outcome | None]]:
         """By candidate and document: what is known, from this study or from any other that computed the same key."""
         query = units(CandidateRow.child).where(*self._generation(stage, part, generation))
@@ -117,6 +123,7 @@ class StudyStore(StageStore):
             rows = session.execute(query.order_by(CandidateRow.child, UnitRow.position))
             return [[outcome_of(*row) for _, *row in group] for _, group in groupby(rows, lambda row: row[0])]
 
+    @repeated
     def known(self, keys: Sequence[str]) -> set[str]:
         """Those of the keys that have a value already, from any study, or that this one failed to compute for good."""
         with self._reading() as session:
@@ -125,6 +132,7 @@ class StudyStore(StageStore):
                 found.update(session.scalars(select(Evaluation.key).where(Evaluation.key.in_(chunk))))
             return found
 
+    @repeated
     def rekey(self, stage: int, part: str, generation: int, keys: Sequence[Sequence[str]]) -> None:
         """Give units without an outcome new keys, after a change of the numerics profile that the user accepted."""
         query = units(CandidateRow.child, UnitRow.candidate_id, UnitRow.position).where(
@@ -140,6 +148,7 @@ class StudyStore(StageStore):
             with self._writing() as session:
                 session.execute(update(UnitRow), changed)
 
+    @repeated
     def record(self, outcome: Outcome) -> None:
         """Keep what a worker returned: a value for every study, what has none for this one. The first value stays.
 
@@ -171,6 +180,7 @@ class StudyStore(StageStore):
                 if session.get(Evaluation, outcome.key) is None:
                     raise
 
+    @repeated
     def settle(self, stage: int, part: str, generation: int, seen_by: Sequence[int]) -> None:
         """How many documents each candidate was scored on: written when its generation is complete.
 

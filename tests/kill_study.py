@@ -10,11 +10,10 @@ import hashlib
 import multiprocessing
 import os
 import signal
-import sqlite3
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from functools import partial
@@ -22,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from sqlalchemy import URL, NullPool, create_engine, make_url
+from sqlalchemy import text as sql
 
 from searcher.study import Document
 
@@ -36,7 +37,14 @@ SMALL_SEARCH = """
     --search-documents=2 --selection-documents=1 --test-documents=2 --windows=search=1,selection=1,test=1
 """
 # Nothing of ours: the server finds modules by its own path, which may lead to another copy than is tested.
-IMPORTS = ["alembic.command", "rich.progress", "sqlalchemy.orm", "transformers.models.llama.modeling_llama", "typer"]
+IMPORTS = [
+    "alembic.command",
+    "rich.progress",
+    "sqlalchemy.orm",
+    "psycopg",
+    "transformers.models.llama.modeling_llama",
+    "typer",
+]
 
 
 @dataclass(frozen=True)
@@ -67,12 +75,20 @@ class Ended:
 
 
 class Study:
-    """One study in a fresh database, over as many drivers as it takes: a search, or the extension of a plan file."""
+    """One study in a fresh database, over as many drivers as it takes: a search, or the extension of a plan file.
 
-    def __init__(self, folder: Path, model: Path, text: Path, *more: str, plan: Path | None = None) -> None:
+    Parameters
+    ----------
+    url: of a database on a server; None for a file in the folder.
+    """
+
+    def __init__(
+        self, folder: Path, model: Path, text: Path, *more: str, plan: Path | None = None, url: str | None = None
+    ) -> None:
         folder.mkdir()
         self.folder = folder
         self.database = folder / "store.db"
+        self.url = url or f"sqlite:///{self.database}"
         self.factors = folder / FACTORS
         self.environment = {
             "LONGROPE_CACHE": str(folder / "cache"),
@@ -80,28 +96,27 @@ class Study:
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(Path(__file__).parent),  # for Ray's workers, which meet _arrive
         }
+        if url is not None:
+            self.environment["LONGROPE_STORAGE"] = url
         self._begin = ["launch"] if plan is None else ["extend", str(plan)]
         settings = SMALL_SEARCH.split() if plan is None else []
         self._launch = [f"--model={model}", f"--data={text}", *settings, *more]
         self._drivers = 0
 
-    @property
-    def url(self) -> str:
-        return f"sqlite:///{self.database}"
-
     def next_command(self) -> list[str]:
         """What a user would type: ``resume`` where there is such a study, else ``launch`` or ``extend``."""
+        storage = [] if "LONGROPE_STORAGE" in self.environment else [f"--storage={self.url}"]
         if self.status() is not None:
-            return ["resume", NAME, f"--storage={self.url}"]
-        return [*self._begin, f"--study={NAME}", f"--storage={self.url}", f"--out={self.folder}", *self._launch]
+            return ["resume", NAME, *storage]
+        return [*self._begin, f"--study={NAME}", *storage, f"--out={self.folder}", *self._launch]
 
-    def start(self, moment: Moment | None = None) -> tuple[Any, Path]:
-        """A driver, and the path of its log without its suffix."""
+    def start(self, moment: Moment | None = None, then: Moment | None = None) -> tuple[Any, Path]:
+        """A driver, and the path of its log without its suffix. ``then`` is looked for after ``moment``."""
         self._drivers += 1
         stem = self.folder / f"driver{self._drivers}"
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(IMPORTS)
-        process = context.Process(target=_drive, args=(self.next_command(), stem, moment, self.environment))
+        process = context.Process(target=_drive, args=(self.next_command(), stem, (moment, then), self.environment))
         process.start()
         return process, stem
 
@@ -120,13 +135,18 @@ class Study:
         return Ended(process.exitcode, seconds, _read(stem, "log").splitlines(), _read(stem, "out"))
 
     def _rows(self, query: str) -> list[tuple[Any, ...]]:
-        if not self.database.exists():
+        if self._is_file and not self.database.exists():
             return []
-        with closing(sqlite3.connect(self.database)) as connection:
-            return connection.execute(query).fetchall()
+        with create_engine(_with_driver(self.url), poolclass=NullPool).connect() as connection:
+            return [tuple(row) for row in connection.execute(sql(query))]
+
+    @property
+    def _is_file(self) -> bool:
+        return self.url.startswith("sqlite")
 
     def _has_tables(self) -> bool:
-        return bool(self._rows("SELECT 1 FROM sqlite_master WHERE name = 'longrope_studies'"))
+        tables = "sqlite_master WHERE name" if self._is_file else "information_schema.tables WHERE table_name"
+        return bool(self._rows(f"SELECT 1 FROM {tables} = 'longrope_studies'"))
 
     def status(self) -> str | None:
         """``running``, ``finished``, or None where the study was not written yet."""
@@ -175,7 +195,7 @@ class Study:
 
         With Ray workers an evaluation may be there before its unit is: spare work, that nobody has asked for yet.
         """
-        damage = [row for row in self._rows("PRAGMA integrity_check") if row != ("ok",)]
+        damage = [row for row in self._rows("PRAGMA integrity_check") if row != ("ok",)] if self._is_file else []
         if not self._has_tables():
             return damage
         pairs = [
@@ -188,7 +208,7 @@ class Study:
         for table, column, other, named in pairs:
             query = f"SELECT '{table}', {column} FROM {table} WHERE {column} NOT IN (SELECT {named} FROM {other})"
             damage += self._rows(query)
-        return damage + self._rows("PRAGMA foreign_key_check")
+        return damage + (self._rows("PRAGMA foreign_key_check") if self._is_file else [])
 
     def lease(self) -> tuple[Any, ...] | None:
         """The row of the lease; None where there is no study yet."""
@@ -203,6 +223,11 @@ class Study:
                 if process.cwd() == str(self.folder):
                     found.append(process)
         return found
+
+
+def _with_driver(url: str) -> URL:
+    parsed = make_url(url)
+    return parsed.set(drivername="postgresql+psycopg") if parsed.drivername == "postgresql" else parsed
 
 
 def _read(stem: Path, suffix: str) -> str:
@@ -235,22 +260,23 @@ def _arrive(log: str, label: str, document: Document) -> Document:
 
 
 class _Probe:
-    """Writes every label that a driver passes to its log, and stops the driver at the moment asked for."""
+    """Writes every label that a driver passes to its log, and stops the driver at the moments asked for."""
 
-    def __init__(self, log: Path, moment: Moment | None) -> None:
+    def __init__(self, log: Path, moments: Sequence[Moment | None]) -> None:
         self.log = str(log)
-        self._moment = moment
+        self._moments = [moment for moment in moments if moment is not None]
         self._seen = 0
 
     def __call__(self, label: str) -> None:
         _append(self.log, label)
-        if self._moment is not None and fnmatch(label, self._moment.pattern):
+        if self._moments and fnmatch(label, self._moments[0].pattern):
             self._seen += 1
-            if self._seen == self._moment.n:
-                os.kill(os.getpid(), self._moment.signal)
+            if self._seen == self._moments[0].n:
+                self._seen = 0
+                os.kill(os.getpid(), self._moments.pop(0).signal)
 
 
-def _drive(command: list[str], stem: Path, moment: Moment | None, environment: dict[str, str]) -> None:
+def _drive(command: list[str], stem: Path, moments: Sequence[Moment | None], environment: dict[str, str]) -> None:
     """The command ``longrope`` in this process, which nobody else is in."""
     os.setsid()
     os.chdir(stem.parent)  # Study.processes knows them by it
@@ -262,7 +288,7 @@ def _drive(command: list[str], stem: Path, moment: Moment | None, environment: d
     out = os.open(stem.with_suffix(".out"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, sys.stdout.fileno())
     os.dup2(out, sys.stderr.fileno())
-    _install(_Probe(stem.with_suffix(".log"), moment))
+    _install(_Probe(stem.with_suffix(".log"), moments))
     sys.argv = ["longrope", *command]
     import cli
 
@@ -287,7 +313,7 @@ def _install(reached: _Probe) -> None:
     @event.listens_for(Engine, "after_cursor_execute")
     def executed(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
         nonlocal last
-        if not statement.startswith(("SELECT", "PRAGMA", "BEGIN")):
+        if not statement.startswith(("SELECT", "PRAGMA", "BEGIN", "SET")):
             last = f"{' '.join(statement.split())[:80]} @ {place}"
             reached(f"sql {last}")
 
@@ -337,6 +363,7 @@ def _install(reached: _Probe) -> None:
 
     @contextmanager
     def opening_scorer(request: Any, tokens: Any, pool: Any) -> Iterator[Any]:
+        reached("loading")
         with open_scorer(request, tokens, pool) as scorer:
             if pool is not None:
                 scorer.evaluate = partial(evaluating, scorer.evaluate)

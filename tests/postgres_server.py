@@ -72,12 +72,13 @@ class Server:
                 command, user=self._user, cwd="/", stdout=log, stderr=log, start_new_session=True
             )
         deadline = time.monotonic() + 60
-        while not self._answers():
+        while not self.answers():
             assert self._server.poll() is None, (self.folder / "log").read_text()
             assert time.monotonic() < deadline
             time.sleep(0.02)
 
-    def _answers(self) -> bool:
+    def answers(self) -> bool:
+        """Whether it serves."""
         import psycopg
 
         try:

@@ -91,10 +91,19 @@ class Report:
         ]
 
 
-@pytest.fixture(scope="module")
-def new_study(tiny_llama_folder: Path, text_folder: Path) -> Callable[[Path], Study]:
-    """``new_study(folder)``: the same study, not begun, in a fresh database."""
-    return lambda folder: Study(folder, tiny_llama_folder, text_folder, IN_PROCESS)
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)])
+def new_study(request: pytest.FixtureRequest, tiny_llama_folder: Path, text_folder: Path) -> NewStudy:
+    """``new_study(folder)``: the same study, not begun, in a fresh database.
+
+    On PostgreSQL a few kills that take less time are in test_kill_server.py.
+    """
+    server = request.getfixturevalue("postgres") if request.param == "postgresql" else None
+
+    def new(folder: Path) -> Study:
+        url = server.new_database() if server else None
+        return Study(folder, tiny_llama_folder, text_folder, IN_PROCESS, url=url)
+
+    return new
 
 
 @dataclass(frozen=True)
@@ -107,12 +116,14 @@ class Undisturbed:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(new_study: NewStudy, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+def undisturbed(tiny_llama_folder: Path, text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    """On SQLite; on PostgreSQL it is to be the same."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    study = new_study(folder / "first")  # starts the server that drivers are forked from: its time says nothing
+    there = (tiny_llama_folder, text_folder, IN_PROCESS)
+    study = Study(folder / "first", *there)  # starts the server that drivers are forked from: its time says nothing
     driver = study.run()
     assert driver.status == 0, driver.output
-    second = new_study(folder / "second")
+    second = Study(folder / "second", *there)
     again = second.run()
     assert second.trajectory() == study.trajectory()
     return Undisturbed(study, driver, again.seconds)
@@ -262,7 +273,7 @@ def test_a_live_driver_is_left_alone(new_study: NewStudy, undisturbed: Undisturb
     study = new_study(tmp_path / "study")
     holder, stem = study.start(Moment("scoring search 1 *", signal=signal.SIGSTOP))
     try:
-        _wait_until_stopped(holder.pid)
+        wait_until_stopped(holder.pid)
         before = (study.lease(), study.trajectory())
         second = study.run()
         assert second.status == 1
@@ -278,7 +289,7 @@ def test_a_live_driver_is_left_alone(new_study: NewStudy, undisturbed: Undisturb
     assert study.trajectory() == undisturbed.study.trajectory()
 
 
-def _wait_until_stopped(pid: int) -> None:
+def wait_until_stopped(pid: int) -> None:
     deadline = time.monotonic() + 60
     while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
         assert time.monotonic() < deadline

@@ -192,7 +192,7 @@ class TestTaking:
         contender = create_engine(database.url)
         event.listen(contender, "after_cursor_execute", let_in)
         with Session(contender) as session, pytest.raises(LongRopeError, match=f"process {rival.pid} "):
-            lease.acquire(session, 1, "s", HERE)
+            lease.acquire(session, 1, "s", HERE, "mine")
         contender.dispose()
         assert column(database, Study.lease_token) == "another"
 
