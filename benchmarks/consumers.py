@@ -224,6 +224,7 @@ def run_rotation(name: str, consumers: Path, folder: Path, model: ModelIdentity)
                 overrides=patch,
                 queries=queries,
                 original=ORIGINAL,
+                switches=switches,
                 target=TARGET,
             )
         apart = {n: float(np.abs(answer[str(n)] - rotated(file, model, n)).max()) for n in LENGTHS}
@@ -270,7 +271,7 @@ def tiny_phi3(folder: Path) -> ModelIdentity:
     config = CONFIG_MAPPING["phi3"](
         hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         vocab_size=1024, max_position_embeddings=ORIGINAL, original_max_position_embeddings=ORIGINAL,
-        initializer_range=0.2, pad_token_id=0, tie_word_embeddings=False,
+        initializer_range=0.2, pad_token_id=0, bos_token_id=0, eos_token_id=1, tie_word_embeddings=False,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     )  # fmt: skip
     model: Any = AutoModelForCausalLM.from_config(config)

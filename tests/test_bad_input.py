@@ -355,7 +355,7 @@ EXPORTS = {
     ),
     "export a file of another model": Bad(
         "export {world}/four-pairs.json --to transformers --model {model}",
-        "is not the model these factors were searched on",
+        "with rotary dimension 8, but config.json has 16",
     ),
     "export a file without its model": Bad(
         "export {world}/fine.json --to transformers", "name its folder with --model"

@@ -23,7 +23,7 @@ from exllamav2.rope import get_rope_params  # noqa: E402
 answer = {}
 for length, rows in request["queries"].items():
     config = ExLlamaV2Config(request["model"])
-    if int(length) <= request["original"]:
+    if request["switches"] and int(length) <= request["original"]:
         config.max_seq_len = request["original"]  # what a user sets for short text
     frequencies, factor = get_rope_params("cpu", config, config.rotary_embedding_base)
     angle = torch.arange(int(length)).double()[:, None] * frequencies.double()
