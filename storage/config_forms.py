@@ -112,7 +112,7 @@ FORMS: dict[str, ConfigForm] = {
         place=SCALING,
         attention=DERIVED_ARE_WRITTEN,
         remarks=(
-            "exllamav2 takes short or long once, by its max_seq_len; for one up to the original length, attention factor 1.",
+            "exllamav2 takes short or long once, by its max_seq_len, and up to the original length no attention factor.",
         ),
     ),
     "exllamav3": ConfigForm(

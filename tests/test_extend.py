@@ -220,7 +220,8 @@ def test_it_is_exported_like_any_study(extension: Extension, longrope_in: Longro
     assert ended.status == 1
     assert "Error: transformers cannot hold" in ended.err
     assert "--accept-loss regimes" in ended.err
-    ended = longrope_in(extension.folder, *export, "--accept-loss=regimes", "--accept-loss=n_hat")
+    accepted = [f"--accept-loss={name}" for name in ("regimes", "n_hat", "short_attention_factor")]
+    ended = longrope_in(extension.folder, *export, *accepted)
     assert ended.status == 0, ended.err
     assert "left out" in ended.out
     tuned = load_file(extension.folder / "far" / "finetune-128" / "model" / "model.safetensors")
