@@ -111,9 +111,7 @@ FORMS: dict[str, ConfigForm] = {
         ("gemma2", "granite", "llama", "mistral", "mixtral", "phi3", "qwen2", "qwen3"),
         place=SCALING,
         attention=DERIVED_ARE_WRITTEN,
-        remarks=(
-            "exllamav2 takes short or long once, by its max_seq_len, and up to the original length no attention factor.",
-        ),
+        remarks=("exllamav2 takes short or long once, by max_seq_len; up to the original length, attention factor 1.",),
     ),
     "exllamav3": ConfigForm(
         "exllamav3 1.6.5",
