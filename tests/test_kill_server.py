@@ -23,7 +23,6 @@ MOMENTS = [
     Moment("sql INSERT INTO longrope_units* @ search 0"),
     Moment("committing INSERT INTO longrope_evaluations* @ refine 0"),
     Moment("scoring search 1 *", 3),
-    Moment("committing INSERT INTO longrope_units* @ test 1"),
     Moment(f"replaced {FACTORS}"),
 ]
 
@@ -60,7 +59,11 @@ def test_a_few_kills_of_the_driver(new_study: NewStudy, undisturbed: Undisturbed
 
 
 @pytest.mark.parametrize(
-    "where", ["sql INSERT INTO longrope_evaluations* @ search 1", "committing UPDATE longrope_studies SET status*"]
+    "where",
+    [
+        "sql INSERT INTO longrope_evaluations* @ search 1",
+        pytest.param("committing UPDATE longrope_studies SET status*", marks=pytest.mark.slow),
+    ],
 )
 def test_the_server_is_killed_and_comes_back(
     new_study: NewStudy, undisturbed: Undisturbed, server: Server, where: str
@@ -106,6 +109,7 @@ def test_the_server_stays_away(new_study: NewStudy, undisturbed: Undisturbed, se
     assert study.trajectory() == undisturbed.study.trajectory()
 
 
+@pytest.mark.slow
 def test_a_clean_stop_while_the_server_is_away(new_study: NewStudy, undisturbed: Undisturbed, server: Server) -> None:
     study = new_study()
     holder, stem = study.start(Moment("scored search 1 *", signal=signal.SIGSTOP))
@@ -127,7 +131,7 @@ def test_a_clean_stop_while_the_server_is_away(new_study: NewStudy, undisturbed:
     assert study.trajectory() == undisturbed.study.trajectory()
 
 
-@pytest.mark.parametrize("backend", ["sqlite", "postgresql"])
+@pytest.mark.parametrize("backend", [pytest.param("sqlite", marks=pytest.mark.slow), "postgresql"])
 def test_two_at_the_same_instant(new_study: NewStudy, undisturbed: Undisturbed, backend: str) -> None:
     """Of two launches one makes the study; of two resumes after a kill one goes on at once. The others say why not."""
     study = new_study(backend)
