@@ -18,6 +18,8 @@ from commands.report import report
 from commands.studies import studies_app
 from searcher.errors import LongRopeError
 
+MOST_SHOWN = 1500  # characters of an error
+
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -30,6 +32,13 @@ app.command("import")(import_factors)
 app.add_typer(studies_app, name="studies")
 
 
+def shown(error: Exception) -> str:
+    """On one line, whatever names and values it quotes: those may come from files that others wrote."""
+    text = " ".join(str(error).split())
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return text if len(text) <= MOST_SHOWN else f"{text[: MOST_SHOWN // 2]} ... {text[-MOST_SHOWN // 2 :]}"
+
+
 def main() -> None:
     """Run the command; a user's mistake is one line on standard error and exit status 1."""
     hide_password()
@@ -37,10 +46,11 @@ def main() -> None:
     try:
         app()
     except LongRopeError as error:
-        print(f"Error: {error}", file=sys.stderr)
+        print(f"Error: {shown(error)}", file=sys.stderr)
         sys.exit(1)
     except OSError as error:  # above all a standard output that takes no more
-        print(f"Error: Reading or writing failed: {error}; free space or mend the access, then go on.", file=sys.stderr)
+        advice = "free space or mend the access, then go on."
+        print(f"Error: Reading or writing failed: {shown(error)}; {advice}", file=sys.stderr)
         sys.exit(1)
 
 

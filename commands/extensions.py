@@ -31,7 +31,7 @@ from searcher.extension import (
 )
 from searcher.regimes import Place, StageCost, costs, regimes, rows
 from searcher.rope import Factors
-from searcher.second import TUNED, attention_policy, stage_plan, tuning_factors
+from searcher.second import TUNED, attention_policy, check_searches, stage_plan, tuning_factors
 from searcher.study import PARTS, WITHOUT_N_HAT, Candidate, Score, score_generation
 from storage.config_forms import config_patch, form_room
 from storage.factor_file import FactorFile, ModelIdentity, Regime, RegimeScore, WithoutNHat, to_json, write
@@ -194,6 +194,7 @@ def _create(repository: Repository, extension: Extension, console: Console) -> N
     loaded = load_model(replace(model, device="cpu", stream_weights=False))
     info = describe(loaded, model)
     check_lengths(extension.plan, info.spec)
+    check_searches(extension.plan, info.spec)
     # What a tuned model is saved as may differ from its base: one dtype for all stages, so that they compare.
     model = replace(model, dtype=str(info.profile["dtype"]))
     del loaded
@@ -601,4 +602,5 @@ def plan_costs(plan: ExtensionPlan, request: ModelRequest) -> list[StageCost]:
     """What each stage of a plan costs for a model."""
     spec = load_model(replace(request, device="cpu", stream_weights=False)).spec
     check_lengths(plan, spec)
+    check_searches(plan, spec)
     return list(costs(plan, spec))

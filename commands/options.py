@@ -93,7 +93,7 @@ def check_study_name(study: str | None) -> None:
 
 def plain(name: str) -> str:
     """What of a model's or plan's name can be part of a study's."""
-    return re.sub(r"[^\w.+=@-]+", "-", name).strip("-.")[:30] or "model"
+    return re.sub(r"[^\w.+=@-]+", "-", name).strip("-.+=@")[:30] or "model"
 
 
 def new_name(repository: Repository, study: str | None, base: str) -> str:

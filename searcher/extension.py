@@ -23,6 +23,7 @@ from searcher.tuning import Tuning
 
 SEARCH, FINETUNE, RECOVER, EVALUATE = "search", "finetune", "recover", "evaluate"
 KINDS = (SEARCH, FINETUNE, RECOVER, EVALUATE)
+MOST = 10_000  # windows, depths or trials of an evaluation
 BASE = "base"  # the model as it came
 MAIN = "main"  # the line of stages that the extension is; others are compared with it
 STAGE_NAME = re.compile(r"\w[\w.+=@-]{0,79}")  # a stage keeps its files in a folder of its name
@@ -55,8 +56,8 @@ class Evaluation:
             raise LongRopeError(f"Lengths to evaluate are ascending and distinct, not {list(self.lengths)}.")
         for name, least in (("windows", 1), ("passkey_depths", 0), ("passkey_trials", 0), ("key_value_trials", 0)):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise LongRopeError(f"{name} of an evaluation is a whole number from {least}, not {value!r}.")
+            if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= MOST:
+                raise LongRopeError(f"{name} of an evaluation is a whole number from {least} to {MOST}, not {value!r}.")
         unknown = [name for name in self.baselines if name not in BASELINES]
         if unknown:
             raise LongRopeError(f"A baseline is one of {', '.join(BASELINES)}, not {unknown[0]!r}.")

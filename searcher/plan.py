@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
@@ -34,6 +33,7 @@ class Preset:
     all_seeds_final: bool = True
 
 
+MAX_LENGTH = 2**31
 DEFAULT_PRESET = "refined"
 PRESETS: dict[str, Preset] = {
     # Found by experiment (benchmarks/NOTES.md): the gradient does the work, evolution tries n_hat and what it missed.
@@ -270,8 +270,11 @@ def parse_length(text: str, original_length: int) -> int:
         length = float(number) * unit
     except ValueError:
         length = float("nan")
-    if not (math.isfinite(length) and length >= 2 and length == int(length)):
-        raise LongRopeError(f"A length is a whole number of tokens such as 2048, 128k, 1M or 8x, not {text!r}.")
+    if not (2 <= length <= MAX_LENGTH and length == int(length)):
+        raise LongRopeError(
+            f"A length is a whole number of tokens such as 2048, 128k, 1M or 8x, at most {MAX_LENGTH >> 20}M, not "
+            f"{text!r}."
+        )
     return int(length)
 
 

@@ -22,9 +22,26 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from searcher.baselines import BASELINES
+from searcher.critical import AUTO
+from searcher.descent import Refinement
 from searcher.errors import LongRopeError
-from searcher.extension import BASE, EVALUATE, FINETUNE, KINDS, MAIN, RECOVER, SEARCH, Evaluation, ExtensionPlan, Stage
+from searcher.evolution import Evolution
+from searcher.extension import (
+    BASE,
+    EVALUATE,
+    FINETUNE,
+    KINDS,
+    MAIN,
+    RECOVER,
+    SEARCH,
+    STAGE_NAME,
+    Evaluation,
+    ExtensionPlan,
+    Stage,
+)
 from searcher.plan import DEFAULT_PRESET, SearchSettings, parse_length, preset, settled
+from searcher.rope import RopeSpec, attention_factor
 from searcher.space import N_HATS
 from searcher.study import PARTS, REFINE
 from searcher.tuning import Tuning
@@ -34,10 +51,15 @@ COMPARE = "compare"
 TOKENS = "tokens"  # of a chunk
 STAGE_KEYS = ("kind", "name", "length", "model", "factors", "documents", "windows", "outside")
 EVALUATE_KEYS = ("kind", "name")
+TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 SEARCH_KEYS = (
     *("preset", "seed", "attention_factor", "n_hats", "upper_ratio", "finalists", "sampler", "racing", "critical"),
     *("evolution", "refinement"),
 )
+MAX_BYTES = 64 * 2**10
+MAX_LINE = 1000
+MAX_NAME = 80
+MAX_SEED = 2**63 - 1
 TOP_KEYS = ("name", "stages", *KINDS)
 
 
@@ -59,18 +81,26 @@ def read_plan(where: str, original_length: int, seed: int | None = None) -> Exte
     LongRopeError
         No such plan, not TOML, or a stage that is not valid: the message names it.
     """
-    path = Path(where)
-    if not path.suffix and not path.is_file():
-        path = BUILT_IN / f"{where}.toml"
+    path = BUILT_IN / f"{where}.toml" if where in built_in() and not Path(where).is_file() else Path(where)
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
+        with path.open("rb") as handle:
+            data = handle.read(MAX_BYTES + 1)
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        reason = error.strerror if isinstance(error, OSError) else error
         raise LongRopeError(
-            f"There is no plan {where}: give a TOML file, or one of {', '.join(built_in())} ({error.strerror})."
+            f"There is no plan {where}: give a TOML file, or one of {', '.join(built_in())} ({reason})."
         ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise LongRopeError(f"The plan {where} is not TOML: {error}.") from error
-    return parse_plan(data, path.stem, original_length, seed)
+    # A dotted key costs the parser the square of its parts.
+    if len(data) > MAX_BYTES or max(map(len, data.splitlines()), default=0) > MAX_LINE:
+        raise LongRopeError(
+            f"The plan {where} should have at most {MAX_BYTES >> 10} KiB, and {MAX_LINE} bytes a line; break what is "
+            "longer into several lines."
+        )
+    try:
+        tables = tomllib.loads(data.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # beside its own: numbers without end, tables nested without end
+        raise LongRopeError(f"The plan {where} is not TOML: {str(error).rstrip('.')}.") from error
+    return parse_plan(tables, path.stem, original_length, seed)
 
 
 def parse_plan(data: Mapping[str, Any], name: str, original_length: int, seed: int | None = None) -> ExtensionPlan:
@@ -81,8 +111,8 @@ def parse_plan(data: Mapping[str, Any], name: str, original_length: int, seed: i
         raise LongRopeError("A plan needs its stages, one [[stages]] table each.")
     stages: list[Stage] = []
     for number, given in enumerate(tables):
-        kind = given.get("kind")
-        where = f"stage {given.get('name', number + 1)}"
+        kind, own = given.get("kind"), given.get("name")
+        where = f"stage {own if isinstance(own, str) and STAGE_NAME.fullmatch(own) else number + 1}"
         if kind == COMPARE:
             stages += _compared(given, stages, where)
             continue
@@ -95,14 +125,12 @@ def parse_plan(data: Mapping[str, Any], name: str, original_length: int, seed: i
         if seed is not None and kind != EVALUATE:
             merged["seed"] = seed
         try:
-            stages.append(_stage(kind, merged, stages, original_length, where))
+            stages.append(_stage(kind, merged, stages, original_length))
         except LongRopeError as error:
             raise LongRopeError(f"In the plan, {where}: {error}") from error
-        except (TypeError, ValueError, AttributeError) as error:
-            raise LongRopeError(f"In the plan, {where} has a value that cannot be used: {error}.") from error
     title = data.get("name", name)
-    if not isinstance(title, str) or not title:
-        raise LongRopeError(f"The name of a plan is text, not {title!r}.")
+    if not isinstance(title, str) or not title or not title.isprintable() or len(title) > MAX_NAME:
+        raise LongRopeError(f"The name of a plan is a text of up to {MAX_NAME} characters, not {title!r}.")
     return ExtensionPlan(title, tuple(stages))
 
 
@@ -121,15 +149,20 @@ def _known(table: Mapping[str, Any], keys: tuple[str, ...], where: str) -> None:
         raise LongRopeError(f"{where} does not know {unknown[0]!r}; it takes {', '.join(keys)}.")
 
 
-def _stage(kind: str, table: dict[str, Any], before: list[Stage], original_length: int, where: str) -> Stage:
+def _stage(kind: str, table: dict[str, Any], before: list[Stage], original_length: int) -> Stage:
     taken = EVALUATE_KEYS if kind == EVALUATE else STAGE_KEYS
     own = {key: table.pop(key) for key in taken if key in table}
+    for key in ("name", "model", "factors"):
+        if key in own and not isinstance(own[key], str):
+            raise LongRopeError(f"its {key} is a text, not {own[key]!r}.")
+    if not isinstance(own.get("outside", False), bool):
+        raise LongRopeError(f"outside is true or false, not {own['outside']!r}.")
     tuned = [stage for stage in before if stage.kind == FINETUNE and stage.line == MAIN]
     searched = [stage for stage in before if stage.kind == SEARCH]
     model = own.get("model", tuned[-1].name if tuned else BASE)
     factors = own.get("factors")
     if kind == EVALUATE:
-        evaluation = _evaluation(table, original_length, where)
+        evaluation = _evaluation(table, original_length)
         return Stage(str(own.get("name", EVALUATE)), kind, evaluation.lengths[-1], evaluation, model)
     if kind != FINETUNE and "outside" in own:
         raise LongRopeError("only a fine-tuning can be outside.")
@@ -138,17 +171,17 @@ def _stage(kind: str, table: dict[str, Any], before: list[Stage], original_lengt
     length = parse_length(str(own["length"]), original_length)
     name = str(own.get("name", f"{kind}-{length}"))
     if kind == FINETUNE:
-        _known(table, (TOKENS, *(f.name for f in fields(Tuning) if f.name != "length")), where)
+        _known(table, (TOKENS, *(f.name for f in fields(Tuning) if f.name != "length")), "it")
         if factors is None and searched:
             factors = searched[-1].name
         # As a rule in chunks of the length that the factors are for; the paper tuned Mistral in shorter ones.
         chunk = parse_length(str(table.pop(TOKENS)), original_length) if TOKENS in table else length
-        settings: SearchSettings | Tuning = Tuning(length=chunk, **table)
+        settings: SearchSettings | Tuning = Tuning.from_json({"length": chunk, **table})
     else:
         if factors is None and model != BASE:
             source = next((stage.factors for stage in before if stage.name == model), None)
             factors = source if any(stage.name == source for stage in searched) else None
-        settings = _search(kind, table, length, where)
+        settings = _search(kind, table, length)
     counts = {key: _counts(own.get(key, {}), key) for key in ("documents", "windows")}
     return Stage(
         name,
@@ -174,57 +207,99 @@ def _counts(table: Any, key: str) -> dict[str, int]:
     return dict(table)
 
 
-def _search(kind: str, table: dict[str, Any], length: int, where: str) -> SearchSettings:
-    _known(table, SEARCH_KEYS, where)
+def _search(kind: str, table: dict[str, Any], length: int) -> SearchSettings:
+    _known(table, SEARCH_KEYS, "it")
     racing = table.get("racing")
     if racing is not None and not isinstance(racing, bool):
         raise LongRopeError(f"racing is true or false, not {racing!r}.")
-    n_hats = tuple(sorted({int(n) for n in table.get("n_hats", N_HATS)}))
-    for key in ("upper_ratio", "finalists", "seed"):
-        value = table.get(key)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value < 0):
-            raise LongRopeError(f"{key} is a number, not {value!r}.")
-    name = str(table.get("preset", DEFAULT_PRESET))
+    seed, finalists = table.get("seed", 0), table.get("finalists")
+    _whole(seed, "seed", 0, MAX_SEED)
+    if finalists is not None:
+        _whole(finalists, "finalists", 1, MAX_SEED)
+    ratio = table.get("upper_ratio")
+    if ratio is not None and (isinstance(ratio, bool) or not isinstance(ratio, int | float)):
+        raise LongRopeError(f"upper_ratio is a number, not {ratio!r}.")
+    n_hats = table.get("n_hats", list(N_HATS))
+    if not isinstance(n_hats, list) or not n_hats:
+        raise LongRopeError(f"n_hats is a list of whole numbers, such as [0, 4, 16], not {n_hats!r}.")
+    for n_hat in n_hats:
+        _whole(n_hat, "each of n_hats", 0, MAX_SEED)
+    name, critical = str(table.get("preset", DEFAULT_PRESET)), table.get("critical")
+    if critical is not None and critical != AUTO:
+        _whole(critical, f"critical is {AUTO!r}, or", 0, MAX_SEED)
     # A short length is served best under an attention factor of its own; the paper's algorithm has no gradient.
     learns = True if kind == RECOVER and preset(name).refinement is not None else None
+    choices = sorted({*n_hats})
     return settled(
         name,
         table.get("sampler"),
-        table.get("evolution", {}),
-        {"attention": learns, **table.get("refinement", {})},
+        _overrides(table.get("evolution", {}), Evolution(), "evolution"),
+        {"attention": learns, **_overrides(table.get("refinement", {}), Refinement(), "refinement")},
         racing,
         None,
-        table.get("finalists"),
+        finalists,
         target_length=length,
-        seed=int(table.get("seed", 0)),
-        attention=str(table.get("attention_factor", "su")),
-        upper_ratio=table.get("upper_ratio"),
-        n_hats=tuple(n for n in n_hats if n < length) or n_hats[:1],
-        critical=table.get("critical"),
+        seed=seed,
+        attention=_attention(table.get("attention_factor", "su")),
+        upper_ratio=ratio,
+        n_hats=tuple(n for n in choices if n < length) or tuple(choices[:1]),
+        critical=None if critical is None else str(critical),
     )
 
 
-def _evaluation(table: dict[str, Any], original_length: int, where: str) -> Evaluation:
-    _known(table, tuple(f.name for f in fields(Evaluation)), where)
+def _attention(value: object) -> str:
+    """A policy or a number as text, checked."""
+    text = "" if isinstance(value, bool) or not isinstance(value, str | int | float) else str(value)
+    attention_factor(text, RopeSpec(theta=2.0, rotary_dim=4, original_length=2, layers=1), 1.0)
+    return text
+
+
+def _whole(value: object, name: str, least: int, most: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise LongRopeError(f"{name} is a whole number from {least}, not {value!r}.")
+
+
+def _overrides(table: object, settings: object, name: str) -> dict[str, Any]:
+    """Values for fields of ``settings``, each of the type that is there; a whole number may stand for a fraction."""
+    if not isinstance(table, dict):
+        raise LongRopeError(f"{name} is a table, such as {name} = {{ }}, not {table!r}.")
+    _known(table, tuple(vars(settings)), name)
+    for key, value in table.items():
+        kind = type(vars(settings)[key])
+        fits = type(value) in ((int, float) if kind is float else (kind,))
+        if not fits:
+            raise LongRopeError(f"{key} of {name} is {TYPES[kind]}, not {value!r}.")
+    return dict(table)
+
+
+def _evaluation(table: dict[str, Any], original_length: int) -> Evaluation:
+    _known(table, tuple(f.name for f in fields(Evaluation)), "it")
     lengths = table.pop("lengths", None)
     if not isinstance(lengths, list) or not lengths:
         raise LongRopeError("lengths are missing, such as lengths = ['1x', '8x', '32x'].")
     parsed = tuple(sorted({parse_length(str(length), original_length) for length in lengths}))
     if "attention_factor" in table:
-        table["attention_factor"] = str(table["attention_factor"])
+        table["attention_factor"] = _attention(table["attention_factor"])
+    baselines = table.get("baselines", [])
+    if not isinstance(baselines, list) or not all(isinstance(name, str) for name in baselines):
+        raise LongRopeError(f"baselines is a list of names, such as ['pi', 'yarn'], not {baselines!r}.")
     others: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in table.items()}
     return Evaluation(parsed, **others)
 
 
 def _compared(table: Mapping[str, Any], before: list[Stage], where: str) -> list[Stage]:
     """The main line's fine-tunings again, each time under one baseline's factors: same steps, same data."""
-    _known(table, ("kind", "methods"), where)
+    _known(table, ("kind", "methods"), f"In the plan, {where}")
     methods = table.get("methods")
     tunings = [stage for stage in before if stage.kind == FINETUNE and stage.line == MAIN]
     if not isinstance(methods, list) or not methods or not tunings:
         raise LongRopeError(
             f"In the plan, {where} compares the fine-tunings before it with others, such as methods = ['pi', 'yarn']; "
             "it needs both."
+        )
+    if unknown := [method for method in methods if not isinstance(method, str) or method not in BASELINES]:
+        raise LongRopeError(
+            f"In the plan, {where} compares with some of {', '.join(BASELINES)}, not with {unknown[0]!r}."
         )
     stages = []
     for method in methods:

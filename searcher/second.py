@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from searcher.baselines import BASELINES
+from searcher.errors import LongRopeError
 from searcher.extension import RECOVER, SEARCH, ExtensionPlan, Stage
 from searcher.plan import SearchSettings, search_plan
 from searcher.rope import Factors, RopeSpec, attention_factor
@@ -94,6 +95,22 @@ def stage_plan(
         seeds = rescaled_seeds(found[stage.factors], plan.stage(stage.factors).length, stage.length)
         settings = replace(settings, seed_factors={**settings.seed_factors, **seeds})
     return search_plan(settings, spec, shipped, number)
+
+
+def check_searches(plan: ExtensionPlan, spec: RopeSpec) -> None:
+    """Refuse, before the first stage is run, what ``stage_plan`` would refuse of a later one's settings.
+
+    Raises
+    ------
+    LongRopeError
+        Bounds, an attention factor or a critical pair that the model cannot be searched with: the message names the
+        stage.
+    """
+    for stage in plan.of_kind(SEARCH):
+        try:
+            search_plan(stage.search, spec, None)
+        except LongRopeError as error:
+            raise LongRopeError(f"In the plan, stage {stage.name}: {error}") from error
 
 
 def tuning_factors(stage: Stage, spec: RopeSpec, found: Mapping[str, Factors]) -> Factors:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import math
+import json
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -80,7 +81,9 @@ class Tuning:
         _require(rank is None or (_whole(rank) and rank >= 1), "lora_rank", "None or a whole number from 1", self)
         _require(alpha is None or (_whole(alpha) and alpha >= 1), "lora_alpha", "None or a whole number from 1", self)
         _require(alpha is None or rank is not None, "lora_alpha", "None without lora_rank", self)
-        _require(self.fsdp is None or isinstance(self.fsdp, Mapping), "fsdp", "None or a mapping", self)
+        _require(isinstance(self.gradient_checkpointing, bool), "gradient_checkpointing", "true or false", self)
+        shards = self.fsdp is None or (isinstance(self.fsdp, Mapping) and _json(self.fsdp))
+        _require(shards, "fsdp", "None or a table of plain values", self)
         if self.batch % self.micro_batch:
             raise LongRopeError(
                 f"The batch must be a multiple of micro_batch, but they are {self.batch} and {self.micro_batch}."
@@ -121,8 +124,18 @@ def _whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _json(value: object) -> bool:
+    """Whether the store can keep it."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
 def _finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    largest = sys.float_info.max
+    return isinstance(value, int | float) and not isinstance(value, bool) and -largest <= value <= largest
 
 
 # LongRoPE, section 4.1 and appendix A.2. RedPajama in chunks of the target length with BOS and EOS; the 256k stage goes

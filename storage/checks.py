@@ -13,7 +13,7 @@ from pathlib import Path
 
 from searcher.errors import LongRopeError
 
-MAX_BYTES = 32 * 2**20  # the factors of a hundred layers in ten regimes are 3 MB
+MAX_BYTES = 8 * 2**20  # the factors of a hundred layers in ten regimes are 3 MB
 MAX_WHOLE = 2**53
 MAX_DEPTH = 32
 MAX_DIGITS = 38  # of a whole number in a file; longer ones are read as float64

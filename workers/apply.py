@@ -19,6 +19,7 @@ import inspect
 import itertools
 import json
 import os
+import reprlib
 import sys
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,6 +38,8 @@ HALF_SPLIT, INTERLEAVED, SINGLE = "half-split", "interleaved", "single"
 # Families whose attention pairs neighbouring dimensions although their cos and sin are laid out in halves.
 INTERLEAVED_FAMILIES = ("cohere", "cohere2", "glm", "glm4", "ernie4_5", "gptj", "codegen", "helium")
 FORMAT, VERSION = "longrope-factors", 1  # of the factor files that are read
+_LARGEST = 8 * 2**20  # bytes of a factor file
+_MOST = 2**53  # of whole numbers
 _POSITIONS_AT_ONCE = 65536  # bounds the float64 angles that live at one time
 
 
@@ -305,9 +308,20 @@ def _read_geometry(model: nn.Module) -> _Geometry:
 
 def _load(path: str | os.PathLike[str]) -> Any:
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        with Path(path).open("rb") as handle:
+            data = handle.read(_LARGEST + 1)
+        if len(data) > _LARGEST:
+            raise ValueError(f"it is larger than {_LARGEST >> 20} MiB, which no factor file is")
+        return json.loads(data.decode("utf-8-sig"), object_pairs_hook=_without_duplicates)
     except (OSError, ValueError, RecursionError) as error:
         raise FactorsError(f"{os.fspath(path)} cannot be read as JSON: {error}") from error
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key comes twice in one object")
+    return found
 
 
 def _parse(document: Any, where: str, at: _Geometry) -> list[tuple[int, list[RescaledRotary]]]:
@@ -323,12 +337,13 @@ def _parse(document: Any, where: str, at: _Geometry) -> list[tuple[int, list[Res
     pairs, layers = at.module.inv_freq.numel(), len(at.layers)
     for name, own in (("rotary_dim", 2 * pairs), ("layers", layers), ("pairing", at.pairing), ("theta", at.theta)):
         if model.get(name) != own:
-            raise FactorsError(f"{where} is for a model with {name} {model.get(name)!r}; this one has {own!r}.")
+            theirs = reprlib.repr(model.get(name))
+            raise FactorsError(f"{where} is for a model with {name} {theirs}; this one has {own!r}.")
     spans: list[tuple[int, list[RescaledRotary]]] = []
     for index, regime in enumerate(regimes):
         place = f"{where}: regimes[{index}]"
         if not isinstance(regime, Mapping):
-            raise FactorsError(f"{place}: expected an object, found {regime!r}.")
+            raise FactorsError(f"{place}: expected an object, found {reprlib.repr(regime)}.")
         shortest = _whole(regime, "min_length", place, spans[-1][0] + 1 if index else 1)
         spans = spans or _untouched(shortest - 1, at.parameters)
         lambdas: Any = regime.get("lambdas")
@@ -360,14 +375,15 @@ def _is_list(value: Any) -> bool:
 
 def _whole(block: Mapping[str, Any], name: str, where: str, least: int) -> int:
     value = block.get(name)
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise FactorsError(f"{where}: {name}: expected a whole number of at least {least}, found {value!r}.")
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= _MOST:
+        found = reprlib.repr(value)
+        raise FactorsError(f"{where}: {name}: expected a whole number of at least {least}, found {found}.")
     return value
 
 
 def _number(value: Any, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
-        raise FactorsError(f"{where}: expected a finite number above 0, found {value!r}.")
+        raise FactorsError(f"{where}: expected a finite number above 0, found {reprlib.repr(value)}.")
     return float(value)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ from searcher.errors import LongRopeError
 from searcher.rope import Factors, RopeSpec
 from workers import attention as own_attention
 from workers.apply import INTERLEAVED, INTERLEAVED_FAMILIES, RescaledRotary, cos_layout, find_rotary, rescaled
+from workers.headers import check_sizes, stored_shapes
+from workers.headers import read_config_json as read_config_json
 from workers.memo import Memo
 from workers.settings import NO_WINDOW as NO_WINDOW
 from workers.settings import device_name, settle_attention, settle_chunk, settle_device, settle_window
@@ -191,17 +194,6 @@ def model_digest(folder: Path, trust_remote_code: bool = False) -> str:
     return digest.hexdigest()
 
 
-def read_config_json(folder: Path) -> dict[str, Any]:
-    """The raw config.json of a model folder."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise LongRopeError(f"{folder / 'config.json'} cannot be read as JSON: {error}.") from error
-    if not isinstance(config, dict):
-        raise LongRopeError(f"{folder / 'config.json'} must hold a JSON object.")
-    return config
-
-
 def read_original_length(path: str, trust_remote_code: bool = False) -> int:
     """L0 as the model's config states it, without loading the weights."""
     return original_length(_read_config(resolve_folder(path, trust_remote_code), path, trust_remote_code))
@@ -244,6 +236,8 @@ def load_model(request: ModelRequest, shared: SharedWeights | None = None) -> Lo
     if request.dtype not in ("auto", *DTYPES):
         raise LongRopeError(f"The dtype is auto, {', '.join(DTYPES)}, not {request.dtype!r}.")
     torch.set_num_threads(request.threads)
+    if shared is None:
+        check_sizes(config, stored_shapes(folder), request.path, request.trust_remote_code)
     try:
         options = {"attn_implementation": attention, "ignore_mismatched_sizes": True}  # refused below, by name
         if shared is not None:
@@ -315,6 +309,7 @@ def _put_on(model: Any, device: torch.device, stream_weights: bool) -> Any:
 def _read_config(folder: Path, path: str, trust_remote_code: bool) -> Any:
     from transformers import AutoConfig
 
+    read_config_json(folder)  # whose errors are clearer
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # anything a config class raises on values it does not expect
@@ -355,7 +350,10 @@ def _rotary_geometry(model: Any, config: Any, request: ModelRequest) -> tuple[Ro
         try:
             cos, _ = rotary(torch.zeros(1, 3, 1, dtype=model.dtype, device=model.device), probe)
         except Exception as error:
-            raise LongRopeError(f"The rotary embedding of {name} is of a kind not known: {one_line(error)}") from error
+            raise LongRopeError(
+                f"The rotary embedding of {name} ({request.path}) cannot be run as its config describes it: "
+                f"{one_line(error)}"
+            ) from error
         wide, _ = rotary(torch.zeros(1, 3, 1, device=model.device), probe)
     layout = cos_layout(wide)
     pairs = int(rotary.inv_freq.numel())
@@ -382,15 +380,21 @@ def _rotary_geometry(model: Any, config: Any, request: ModelRequest) -> tuple[Ro
 
 def original_length(config: Any) -> int:
     """L0: original_max_position_embeddings where the config scales RoPE, else max_position_embeddings."""
-    parameters = getattr(config, "rope_parameters", None) or {}
+    parameters = getattr(config, "rope_parameters", None)
+    parameters = parameters if isinstance(parameters, dict) else {}
     stated = [getattr(config, "max_position_embeddings", None)]
     # Phi3's class has a default of 4096 for the original length, which means nothing where RoPE is not scaled.
     if parameters.get("rope_type", "default") != "default":
         stated.insert(0, parameters.get("original_max_position_embeddings"))
         stated.insert(0, getattr(config, "original_max_position_embeddings", None))
     for value in stated:
-        if value:
+        if value and isinstance(value, int | float) and value >= 2 and value == int(value):
             return int(value)
+        if value:
+            raise LongRopeError(
+                f"The config's trained length should be a number of tokens, not {value!r}; give it with "
+                "--original-length."
+            )
     raise LongRopeError("The config states no max_position_embeddings; give the trained length with --original-length.")
 
 
@@ -408,12 +412,17 @@ def _shipped_factors(config: Any, spec: RopeSpec, target: int) -> tuple[str, Fac
     kind = config.rope_parameters.get("rope_type", "default")
     if kind == "default":
         return None
-    frequencies, attention = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), seq_len=target)
-    lambdas = torch.as_tensor(spec.inverse_frequencies()) / frequencies.double()
-    return str(kind), Factors(tuple(lambdas.tolist()), attention_factor=float(attention))
+    try:
+        frequencies, attention = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), seq_len=target)
+        lambdas = torch.as_tensor(spec.inverse_frequencies()) / frequencies.double()
+        return str(kind), Factors(tuple(lambdas.tolist()), attention_factor=float(attention))
+    except Exception as error:  # anything transformers raises on values it does not expect
+        raise LongRopeError(f"The model's own RoPE scaling, {kind}, cannot be used: {one_line(error)}") from error
 
 
 def _refuse_other_positions(config: Any, path: str) -> None:
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
     parameters = getattr(config, "rope_parameters", None)
     # Falcon's config states rope_parameters also where the model uses ALiBi instead.
     if not isinstance(parameters, dict) or getattr(config, "alibi", False):
@@ -426,6 +435,12 @@ def _refuse_other_positions(config: Any, path: str) -> None:
             f"{path} ({config.model_type}) has a rotary embedding for each layer type ({', '.join(parameters)}); "
             "one for all layers is needed, so this family is not supported yet."
         )
+    kind, theta = parameters.get("rope_type", "default"), parameters.get("rope_theta", 10000.0)
+    if kind != "default" and kind not in ROPE_INIT_FUNCTIONS:
+        known = ", ".join(("default", *ROPE_INIT_FUNCTIONS))
+        raise LongRopeError(f"The config of {path} scales RoPE by {kind!r}; transformers knows {known}.")
+    if not isinstance(theta, int | float) or not 1 < theta <= sys.float_info.max:
+        raise LongRopeError(f"The config of {path} has rope_theta {theta!r}; a base is a number above 1.")
 
 
 def one_line(error: BaseException) -> str:

@@ -29,6 +29,7 @@ HUB_NAME = re.compile(
     r"(:(?P<split>\w+(\[[\d:%-]*\])?))?"  # as datasets spells it: test, train[:100], train[10%:20%]
 )
 DEFAULT_SPLIT = "train"
+MAX_ROW = 2**26  # characters of a row of JSONL
 ROWS_AT_ONCE = 64  # of parquet: rows are documents, so they may be megabytes each
 
 
@@ -121,8 +122,9 @@ def _files(source: str) -> list[tuple[Path, str]] | None:
         if glob.has_magic(source) and not HUB_NAME.fullmatch(source):
             return _glob_files(path)
     except (OSError, RuntimeError) as error:  # RuntimeError: ~ of nobody that this machine knows
+        reason = error.strerror if isinstance(error, OSError) else error
         raise LongRopeError(
-            f"{source} cannot be looked at ({error}); name text that can be read with --data."
+            f"{source} cannot be looked at ({reason}); name text that can be read with --data."
         ) from error
     if HUB_NAME.fullmatch(source) and not source.lower().endswith(SUFFIXES):
         return None
@@ -154,6 +156,8 @@ def _walk(folder: Path) -> Iterator[Path]:
 def _file_texts(path: Path, name: str, column: str) -> Iterator[Text]:
     suffix = path.name.lower()
     try:
+        if path.exists() and not path.is_file():
+            raise LongRopeError(f"{path} is a device or a pipe; name files that can be read again with --data.")
         if suffix.endswith(PARQUET_SUFFIX):
             yield from _parquet_texts(path, name, column)
         elif suffix.endswith(JSONL_SUFFIXES):
@@ -173,7 +177,12 @@ def _file_texts(path: Path, name: str, column: str) -> Iterator[Text]:
 def _jsonl_texts(path: Path, name: str, column: str) -> Iterator[Text]:
     opened = gzip.open if path.name.lower().endswith(".gz") else open
     with opened(path, "rt", encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(iter(lambda: lines.readline(MAX_ROW + 1), ""), 1):
+            if len(line) > MAX_ROW:  # as of a few kilobytes of gzip that stand for gigabytes
+                raise LongRopeError(
+                    f"{path}:{number} is longer than {MAX_ROW >> 20} Mi characters, which no row of documents should "
+                    "be; cut it into several."
+                )
             if line.isspace():
                 continue
             try:
@@ -189,7 +198,7 @@ def _jsonl_texts(path: Path, name: str, column: str) -> Iterator[Text]:
 
 def _parquet_texts(path: Path, name: str, column: str) -> Iterator[Text]:
     try:
-        from pyarrow import ArrowException
+        from pyarrow import ArrowException, types
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
         raise _no_package("pyarrow", "parquet", str(path)) from error
@@ -197,6 +206,10 @@ def _parquet_texts(path: Path, name: str, column: str) -> Iterator[Text]:
         with ParquetFile(path) as file:
             if column not in file.schema_arrow.names:
                 raise _no_column(str(path), column, file.schema_arrow.names)
+            kind = file.schema_arrow.field(file.schema_arrow.names.index(column)).type
+            kind = kind.value_type if types.is_dictionary(kind) else kind
+            if not any(holds(kind) for holds in (types.is_string, types.is_large_string, types.is_null)):
+                raise _no_text(str(path), column, str(kind))
             number = 0
             for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=[column]):
                 for value in batch.column(0).to_pylist():
@@ -233,11 +246,15 @@ def _hub_texts(source: str, column: str) -> Iterator[Text]:
 
 def _row_text(name: str, value: Any, column: str) -> Text:
     if value is not None and not isinstance(value, str):
-        raise LongRopeError(
-            f"{name} should hold text in its column {column} but holds a {type(value).__name__}; name the column that "
-            "has the text with --text-column."
-        )
+        raise _no_text(name, column, type(value).__name__)
     return Text(name, value or "")
+
+
+def _no_text(where: str, column: str, kind: str) -> LongRopeError:
+    return LongRopeError(
+        f"{where} should hold text in its column {column} but holds a {kind}; name the column that has the text with "
+        "--text-column."
+    )
 
 
 def _no_column(where: str, column: str, columns: Sequence[str]) -> LongRopeError:
