@@ -22,6 +22,7 @@ STRING, ARRAY, BOOL = 8, 9, 7
 # Type number -> how Python's struct reads it.
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", BOOL: "?", 10: "Q", 11: "q", 12: "d"}
 MAX_KEYS, MAX_TENSORS, MAX_STRING, MAX_LIST = 2**16, 2**20, 2**24, 2**16
+MAX_KEPT = 2**26
 FLOATS = {0: "<f4", 1: "<f2"}  # tensor types whose values are read here
 
 Value = int | float | bool | str | tuple[float, ...]
@@ -71,6 +72,13 @@ class _Reader:
 
     def __init__(self, handle: BinaryIO, size: int) -> None:
         self.handle, self.size = handle, size
+        self.kept = 0
+
+    def keep(self, count: int) -> None:
+        """Count what goes into memory: the file's size is no bound, for it may be sparse, or all header."""
+        self.kept += count
+        if self.kept > MAX_KEPT:
+            raise Fault(f"its header holds more than {MAX_KEPT >> 20} MiB of names, texts and short lists")
 
     def take(self, count: int) -> bytes:
         self.fits(count)
@@ -92,7 +100,9 @@ class _Reader:
         return found
 
     def text(self) -> str:
-        return self.take(self.count("Q", MAX_STRING, "bytes of text")).decode("utf-8", errors="replace")
+        count = self.count("Q", MAX_STRING, "bytes of text")
+        self.keep(count)
+        return self.take(count).decode("utf-8", errors="replace")
 
     def value(self, kind: int) -> Value | None:
         """A key's value; None for lists that are not short ones of numbers, which are passed over."""
@@ -117,6 +127,7 @@ class _Reader:
         if count > MAX_LIST:
             self.handle.seek(width * count, 1)
             return None
+        self.keep(32 * count)  # as Python holds them
         return struct.unpack(f"<{count}{SCALARS[inner]}", self.take(width * count))
 
 

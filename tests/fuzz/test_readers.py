@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import gzip
 import json
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -179,6 +180,20 @@ def test_a_bomb_of_gzip(known: Mapping[str, Reader], tmp_path: Path) -> None:
             file.write(b"a" * 2**20)
     with memory_no_more_than(320 * 2**20):
         known["jsonl"].read(path)
+
+
+def test_a_sparse_gguf_of_gigabytes(known: Mapping[str, Reader], tmp_path: Path) -> None:
+    """Keys of 16 MiB of nothing each, in a file that takes a few blocks of the disk."""
+    path, length = tmp_path / "sparse.gguf", 2**24
+    with path.open("wb") as file:
+        file.write(b"GGUF" + struct.pack("<IQQ", 3, 0, 64))
+        for number in range(64):
+            name = f"key-{number}".encode()
+            file.write(struct.pack("<Q", len(name)) + name + struct.pack("<IQ", 8, length))
+            file.seek(length, 1)
+        file.truncate()
+    with memory_no_more_than(320 * 2**20):
+        known["gguf"].read(path)
 
 
 @pytest.mark.slow
