@@ -7,7 +7,7 @@ import importlib.util
 from tests.bad_input.bad import LAUNCH, REMOVED, SECRET, Bad, factors, usage
 
 NO_DRIVER = "needs the Python package psycopg" if importlib.util.find_spec("psycopg") is None else "cannot be opened"
-FOUR_PAIRS = {"model.rotary_dim": 8, "model.weights_sha256": "0" * 64, "regimes.0.lambdas": [1.0, 1.1, 1.2, 1.3]}
+FOUR_PAIRS = {"model.rotary_dim": 8, "model.weights_sha256": "1" * 64, "regimes.0.lambdas": [1.0, 1.1, 1.2, 1.3]}
 BY_LAYER = {"regimes.0.lambdas": [[1.0] * 8, [1.0] * 8]}
 EVALUATE = "evaluate --in-process --model {model} --data {text} --lengths 2x --factors factors.json"
 
