@@ -567,7 +567,8 @@ class TestHelp:
 
     def test_all_commands_are_there(self) -> None:
         assert self.commands().keys() >= {
-            *("launch", "extend", "resume", "evaluate", "export", "studies", "studies show", "studies delete"),
+            *("launch", "extend", "resume", "evaluate", "export", "import"),
+            *("studies", "studies show", "studies delete"),
         }
 
     def test_every_command_has_an_example(self) -> None:
