@@ -197,6 +197,7 @@ def test_a_sparse_gguf_of_gigabytes(known: Mapping[str, Reader], tmp_path: Path)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # what is instrumented takes long to import on a busy machine
 @pytest.mark.parametrize("name", NAMES)
 def test_guided_by_coverage(name: str, tmp_path: Path, process_environment: dict[str, str]) -> None:
     pytest.importorskip("atheris", reason="fuzzing by coverage needs the extra: pip install '.[fuzz]'")
