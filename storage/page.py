@@ -133,15 +133,15 @@ def _search_cards(view: SearchView) -> list[tuple[str, str]]:
         if not points:
             return []
         best = math.exp(min(points[-1].loss, 700.0))
-        return [(f"{best:.4g}", "best perplexity so far, search set"), (str(points[-1].factors.n_hat), "its n_hat")]
+        return [(f"{best:#.4g}", "best perplexity so far, search set"), (str(points[-1].factors.n_hat), "its n_hat")]
     part = "test" if "test" in view.result["scores"] else "selection"
     own = perplexities(view.result, part)
     under = perplexities(view.result, part, at_study_attention=True)
     better = {name: min(own[name], under.get(name, math.inf)) for name in own if not name.startswith("searched")}
-    cards = [(f"{own['searched']:.4g}", f"{part} perplexity, searched")]
+    cards = [(f"{own['searched']:#.4g}", f"{part} perplexity, searched")]
     if better:
         rival = min(better, key=lambda name: better[name])
-        cards.append((f"{better[rival]:.4g}", f"the best other: {method_name(rival)}"))
+        cards.append((f"{better[rival]:#.4g}", f"the best other: {method_name(rival)}"))
         if math.isfinite(better[rival]):
             change = own["searched"] / better[rival] - 1
             cards.append((f"{change:+.1%}".replace("-", "\N{MINUS SIGN}"), "against that one"))
@@ -158,11 +158,11 @@ def _extension_cards(data: PageData) -> list[tuple[str, str]]:
     at = {name: cells[longest] for name, cells in table_of.items() if longest in cells}
     if "longrope" not in at:
         return []
-    cards = [(f"{at['longrope']:.4g}", f"perplexity at {short_length(longest)}")]
+    cards = [(f"{at['longrope']:#.4g}", f"perplexity at {short_length(longest)}")]
     others = {name: value for name, value in at.items() if not name.startswith("longrope")}
     if others:
         rival = min(others, key=lambda name: others[name])
-        cards.append((f"{others[rival]:.4g}", f"the best other: {method_name(rival)}"))
+        cards.append((f"{others[rival]:#.4g}", f"the best other: {method_name(rival)}"))
     return cards
 
 
