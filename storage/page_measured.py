@@ -74,7 +74,8 @@ def by_position(measured: Measured, place: int) -> list[Figure]:
         values = [bucket.perplexity for buckets in rows.values() for bucket in buckets]
         starts = [float(max(1, bucket.start)) for buckets in rows.values() for bucket in buckets]
         title = f"Perplexity by position in windows of {length:,} tokens"
-        x = doubling([min(starts), *(float(2**power) for power in range(1, 40) if min(starts) < 2**power <= length)])
+        powers = [float(2**power) for power in range(1, 40) if min(starts) < 2**power < length]
+        x = doubling([min(starts), *powers, float(length)])
         y = fitting(min(values) * 0.96, max(values) * 1.04, 3.0)
         plot = Plot(title, f"{len(rows)} methods.", x, y, "position in the window", "perplexity")
         for name in sorted(rows, key=lambda name: series[name] == WINNER):

@@ -14,7 +14,7 @@ from storage.markup import Node, element
 
 WIDTH = 400.0  # of the drawing: about what a phone shows, so that text is never made small
 RIGHT, TOP, BOTTOM = 12.0, 10.0, 42.0
-SERIES = 8  # colours with dash patterns in page.css
+SERIES = 9  # colours with dash patterns in page.css
 SAME = 1e-9  # values that differ by no more than this of themselves need an axis made for one value
 Point = tuple[float, float]
 
