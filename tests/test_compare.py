@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import typer
 
+import cli
 from searcher.rope import Factors
 from searcher.study import Candidate, Document, Outcome
 from storage.comparison import compare, comparison_tables
@@ -103,6 +106,22 @@ def test_unfinished_studies_and_extensions_are_shown_as_far_as_they_are(tmp_path
     assert found["settings"]["model.target_length"] == {"begun": 64, "far": None}
     assert len(comparison_tables(found)) == 4  # settings, two notes, cost
     repository.close()
+
+
+def commands(group: Any, *names: str) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every command below a group, with its words."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, *names, name)
+        else:
+            yield (*names, name), command
+
+
+def test_every_command_takes_json() -> None:
+    found = dict(commands(typer.main.get_command(cli.app)))
+    assert {("launch",), ("dashboard",), ("studies", "compare"), ("studies", "delete")} <= found.keys()
+    without = [names for names, command in found.items() if not any("--json" in p.opts for p in command.params)]
+    assert without == []
 
 
 def test_a_deletion_says_as_json_what_went_and_what_stays(longrope: Longrope, tmp_path: Path) -> None:

@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 DOCUMENT = Document("a", "a" * 64, 64)
 
 
-def write(folder: Path, count: int) -> None:
+def write(folder: Path, count: int, name: str = "s") -> None:
     """A study of so many candidates, all scored."""
     repository = Repository(f"sqlite:///{folder / 'longrope.db'}")
-    repository.create_study("s", "search", {})
-    with repository.open_study("s") as store:
+    repository.create_study(name, "search", {})
+    with repository.open_study(name) as store:
         found = [Candidate(Factors((1.0, 2.0 + i)), "mutant") for i in range(count)]
         store.add_generation(0, "search", 0, found, [DOCUMENT], [[f"{i}"] for i in range(count)])
         for i in range(count):
@@ -43,6 +43,13 @@ def test_a_mirror_alone_for_optunas_own_plots(longrope: Longrope, tmp_path: Path
     assert told == {"study": "s", "status": "stopped", "mirror": "s-optuna.log", "trials": 3}
     again = longrope("dashboard", "s", "--mirror-only")
     assert again.out.splitlines() == ["3 trials, 0 of them new", "mirror: s-optuna.log"]
+
+
+def test_a_name_cannot_lead_out_of_the_folder(longrope: Longrope, tmp_path: Path) -> None:
+    write(tmp_path, 1, "../up/../../out")
+    told = json.loads(longrope("dashboard", "../up/../../out", "--mirror-only", "--json").out)
+    assert "/" not in told["mirror"]
+    assert (tmp_path / told["mirror"]).exists()
 
 
 def test_a_study_that_is_not_there_makes_no_file(longrope: Longrope, tmp_path: Path) -> None:
