@@ -107,11 +107,12 @@ class ScoredCandidate:
     gradients: int
     dropped: bool
     document: str | None
-    number: int = 0
     by_document: tuple[tuple[float, int], ...] = ()
-    started_at: datetime | None = field(default=None, compare=False)  # of no account to what a study found
+    # What differs between equal runs is no part of what makes two of them equal.
+    number: int = field(default=0, compare=False)
+    started_at: datetime | None = field(default=None, compare=False)
     finished_at: datetime | None = field(default=None, compare=False)
-    seconds: float = 0.0
+    seconds: float = field(default=0.0, compare=False)
 
 
 class Place(NamedTuple):
@@ -244,19 +245,21 @@ def scored_candidates(session: Session, study: Study, after: int = 0) -> list[Sc
         names[candidate] = [row[1] for row in members]
         kept_at[candidate] = [row[2] for row in members]
         outcomes[candidate] = [outcome_of(*row[3:]) for row in members]
+    candidates = session.scalars(select(CandidateRow).where(mine, CandidateRow.id > after)).all()
+    # After them: what is written in between has its place, too.
     of_its_stage = and_(StageRow.study_id == CandidateRow.study_id, StageRow.stage == CandidateRow.stage)
-    with_stages = select(CandidateRow, StageRow.status).outerjoin(StageRow, of_its_stage).where(mine)
-    found_with_stages = session.execute(with_stages).all()
-    candidates = [row for row, _ in found_with_stages]
+    place = (CandidateRow.stage, CandidateRow.part, CandidateRow.generation)
+    everywhere = select(CandidateRow.id, CandidateRow.seen, StageRow.status, *place).outerjoin(StageRow, of_its_stage)
     first: dict[Place, int] = {}
-    for row in candidates:
-        first[_place(row)] = min(first.get(_place(row), row.id), row.id)
-    ended = set(first) if study.status == "finished" else over(first.items())
-    ended |= {_place(row) for row, status in found_with_stages if row.seen is not None or status == FINISHED}
+    ended: set[Place] = set()
+    for number, seen, status, stage, part, generation in session.execute(everywhere.where(mine)):
+        here = Place(stage, part, generation)
+        first[here] = min(first.get(here, number), number)
+        if seen is not None or status == FINISHED:
+            ended.add(here)
+    ended |= set(first) if study.status == "finished" else over(first.items())
     scored = []
     for row in sorted(candidates, key=lambda row: (row.stage, first[_place(row)], row.child)):
-        if row.id <= after:
-            continue
         found = outcomes.get(row.id, [])
         seen = row.seen
         if seen is None and _place(row) in ended and None in found:  # it ends where its outcomes do
