@@ -10,6 +10,7 @@ import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -254,6 +255,7 @@ class _Driver:
 
     def __init__(self, extension: Extension, identity: ModelIdentity, console: Console, accept_numerics: bool) -> None:
         self.extension, self.identity, self.console = extension, identity, console
+        self.say = partial(console.print, highlight=False)
         self.accept_numerics = accept_numerics
         self.plan, self.spec = extension.plan, identity.spec
         base = resolve_folder(extension.model.path, extension.model.trust_remote_code)
@@ -343,7 +345,7 @@ class _Driver:
         sets = _sets(self.extension, stage, self.tokenizer, self.spec.original_length)
         tokens = {w.document.sha256: w.tokens for windows in sets.windows.values() for w in windows}
         documents = {part: [w.document for w in windows] for part, windows in sets.windows.items()}
-        with open_scorer(self.request(stage, record, stage.model), tokens, self.extension.pool) as scorer:
+        with open_scorer(self.request(stage, record, stage.model), tokens, self.extension.pool, self.say) as scorer:
             self.begin(
                 store, record, scorer.info.profile, {part: [d.sha256 for d in documents[part]] for part in documents}
             )
@@ -497,7 +499,8 @@ class _Driver:
         )
         watcher = Watcher(self.console, count, 0, title=self.title(record), label=label)
         for place, model in enumerate(models):
-            with open_scorer(self.request(stage, record, model), tokens, self.extension.pool) as scorer, watcher:
+            pool = self.extension.pool
+            with open_scorer(self.request(stage, record, model), tokens, pool, self.say) as scorer, watcher:
                 self.begin(store, record, scorer.info.profile, {"test": sorted(tokens)})
                 record = store.stage(number)
                 for column, length in enumerate(asked.lengths):

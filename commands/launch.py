@@ -33,6 +33,7 @@ from commands.options import (
     TestData,
     TextColumn,
     Threads,
+    TimeLimit,
     Workers,
     check_study_name,
     driver_store,
@@ -66,6 +67,7 @@ def launch(
     workers: Workers = None,
     gpus_per_worker: GpusPerWorker = None,
     ray_address: RayAddress = None,
+    time_limit: TimeLimit = None,
     in_process: InProcess = False,
     out: Out = Path(),
     selection_data: SelectionData = None,
@@ -201,6 +203,7 @@ def resume(
     workers: Workers = None,
     gpus_per_worker: GpusPerWorker = None,
     ray_address: RayAddress = None,
+    time_limit: TimeLimit = None,
     in_process: InProcess = False,
     accept_numerics: Annotated[
         bool, typer.Option("--accept-numerics", help="Go on with other hardware or software, and lose bit-identity.")
@@ -235,6 +238,7 @@ def resume(
     if ray_address == "local":  # back from a cluster to this machine
         stored, ray_address = replace(stored, pool=PoolRequest(stored.pool.workers if stored.pool else None)), None
     given: dict[str, Any] = {"workers": workers, "gpus_per_worker": gpus_per_worker, "ray_address": ray_address}
+    given["time_limit"] = time_limit
     changed = {key: value for key, value in given.items() if value is not None}
     pool = replace(stored.pool or PoolRequest(), **changed) if changed or stored.pool else None
     run = replace(stored, pool=None if in_process else pool, out=out or stored.out)

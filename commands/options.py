@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -61,6 +61,12 @@ GpusPerWorker = Annotated[
 ]
 RayAddress = Annotated[
     str | None, typer.Option(help="Join this Ray cluster instead of starting one here (resume: local goes back).")
+]
+TimeLimit = Annotated[
+    float | None,
+    typer.Option(
+        min=1, help="Seconds before which no evaluation counts as hanging; 120, and 10 times what others took, if less."
+    ),
 ]
 InProcess = Annotated[bool, typer.Option("--in-process", help="Score in this process, without Ray: for debugging.")]
 Out = Annotated[Path, typer.Option(help="Folder the factor file is written to.")]
@@ -216,4 +222,6 @@ def pool_request(options: Mapping[str, Any]) -> PoolRequest | None:
     from workers.scorer import PoolRequest
 
     asked = PoolRequest(options["workers"], options["gpus_per_worker"], options["ray_address"])
+    if options.get("time_limit") is not None:
+        asked = replace(asked, time_limit=options["time_limit"])
     return None if options["in_process"] else asked

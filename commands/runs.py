@@ -6,6 +6,7 @@ import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,7 +99,7 @@ def run(repository: Repository, run: Run, console: Console, is_new: bool, accept
     tokens = {w.document.sha256: w.tokens for windows in sets.windows.values() for w in windows}
     documents = {part: [w.document for w in windows] for part, windows in sets.windows.items()}
     hashes = {part: [d.sha256 for d in found] for part, found in documents.items()}
-    with open_scorer(run.model, tokens, run.pool) as scorer:
+    with open_scorer(run.model, tokens, run.pool, partial(console.print, highlight=False)) as scorer:
         plan = search_plan(run.search, scorer.info.spec, scorer.info.shipped)
         if is_new:
             identity = asdict(identity_of(run.model, scorer.info))
@@ -106,7 +107,9 @@ def run(repository: Repository, run: Run, console: Console, is_new: bool, accept
             chunk = scorer.info.profile["chunk"]
             settled = replace(run, model=replace(run.model, chunk=chunk if isinstance(chunk, int) else None))
             repository.create_study(
-                run.name, "search", {**settled.to_json(), "identity": identity, "documents": hashes}
+                run.name,
+                "search",
+                {**settled.to_json(), "identity": identity, "documents": hashes, "probe": scorer.info.probe},
             )
         with repository.open_study(run.name) as store:
             record = repository.study(run.name)
@@ -161,6 +164,12 @@ def _refuse_changes(
         raise LongRopeError(
             f"The model at {settings['model']['path']} is not the one this study began with; put that one back, or "
             "launch a new study."
+        )
+    probe = settings.get("probe")
+    if profile in (None, info.profile) and probe not in (None, info.probe) and not accept_numerics:
+        raise LongRopeError(
+            f"This machine gives a loss of {info.probe} for a text whose loss was {probe} where this study began, with "
+            "the same model and software; resume where it began, look for a broken device, or give --accept-numerics."
         )
     changed = [part for part, found in settings["documents"].items() if hashes[part] != found]
     if changed:

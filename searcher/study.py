@@ -85,6 +85,7 @@ class Outcome:
     worker: who computed it.
     failure: why ``nll`` is None or not finite.
     gradient: of ``nll``, where it was asked for: by ln lambda_i, pair after pair, and last by ln attention factor.
+    corrects: whether it takes the place of an outcome that came before: of a worker that turned out to be wrong.
     """
 
     key: str
@@ -94,6 +95,7 @@ class Outcome:
     worker: str = ""
     failure: str | None = None
     gradient: tuple[float, ...] | None = None
+    corrects: bool = False
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ class Scorer(Protocol):
         ...
 
     def evaluate(self, units: Sequence[Unit], spare: Sequence[Unit] = ()) -> Iterator[Outcome]:
-        """Every unit's outcome once, as they finish.
+        """Every unit's outcome once, as they finish; and once more, with ``corrects``, where the first was wrong.
 
         ``spare`` units are for workers that would be idle otherwise: some of their outcomes come, in this call or in a
         later one, and none is waited for.
@@ -172,6 +174,10 @@ class Store(Protocol):
 
     def record(self, outcome: Outcome) -> None:
         """Keep what a worker returned."""
+        ...
+
+    def correct(self, outcome: Outcome) -> None:
+        """Keep a value in place of the one that was recorded."""
         ...
 
     def settle(self, stage: int, part: str, generation: int, seen_by: Sequence[int]) -> None:
@@ -347,6 +353,11 @@ class _Generation:
             return
         left = [unit for unit in spare if unit.key not in self.spared]
         for outcome in self.scorer.evaluate(list(units.values()), left):
+            if outcome.corrects:
+                self.store.correct(outcome)
+                for i, j in places.get(outcome.key, ()):
+                    self.known[i][j] = outcome
+                continue
             if outcome.key not in places:  # a spare one's, of this call or of an earlier one
                 self.spared.add(outcome.key)
                 if outcome.nll is not None:

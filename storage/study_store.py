@@ -158,20 +158,7 @@ class StudyStore(StageStore):
         if outcome.nll is None:
             self._record_failure(outcome.key, outcome.failure or NOT_COMPUTED)
             return
-        finite = math.isfinite(outcome.nll)
-        gradient = None if outcome.gradient is None else [float(value) for value in outcome.gradient]
-        usable = gradient is None or all(map(math.isfinite, gradient))
-        reason = (None if usable else GRADIENT_NOT_FINITE) if finite else NOT_FINITE
-        values = {
-            "key": outcome.key,
-            "nll": outcome.nll if finite else None,
-            "reason": outcome.failure or reason,
-            "gradient": gradient if finite and usable else None,
-            "tokens": outcome.tokens,
-            "seconds": outcome.seconds,
-            "worker": outcome.worker,
-            "created_at": now(),
-        }
+        values = _values(outcome)
         try:
             with self._writing() as session:
                 session.execute(insert(Evaluation).values(values))
@@ -179,6 +166,12 @@ class StudyStore(StageStore):
             with self._reading() as session:
                 if session.get(Evaluation, outcome.key) is None:
                     raise
+
+    @repeated
+    def correct(self, outcome: Outcome) -> None:
+        """Keep a value in place of the one that was recorded: its worker turned out to be wrong."""
+        with self._writing() as session:
+            session.execute(update(Evaluation).where(Evaluation.key == outcome.key).values(_values(outcome)))
 
     @repeated
     def settle(self, stage: int, part: str, generation: int, seen_by: Sequence[int]) -> None:
@@ -227,6 +220,25 @@ class StudyStore(StageStore):
             CandidateRow.part == part,
             CandidateRow.generation == generation,
         )
+
+
+def _values(outcome: Outcome) -> dict[str, Any]:
+    """The row of an outcome that has a value."""
+    assert outcome.nll is not None
+    finite = math.isfinite(outcome.nll)
+    gradient = None if outcome.gradient is None else [float(value) for value in outcome.gradient]
+    usable = gradient is None or all(map(math.isfinite, gradient))
+    reason = (None if usable else GRADIENT_NOT_FINITE) if finite else NOT_FINITE
+    return {
+        "key": outcome.key,
+        "nll": outcome.nll if finite else None,
+        "reason": outcome.failure or reason,
+        "gradient": gradient if finite and usable else None,
+        "tokens": outcome.tokens,
+        "seconds": outcome.seconds,
+        "worker": outcome.worker,
+        "created_at": now(),
+    }
 
 
 def _chunks(keys: Collection[str]) -> Iterator[list[str]]:

@@ -362,9 +362,9 @@ def _install(reached: _Probe) -> None:
         return outcome
 
     @contextmanager
-    def opening_scorer(request: Any, tokens: Any, pool: Any) -> Iterator[Any]:
+    def opening_scorer(request: Any, tokens: Any, pool: Any, *more: Any) -> Iterator[Any]:
         reached("loading")
-        with open_scorer(request, tokens, pool) as scorer:
+        with open_scorer(request, tokens, pool, *more) as scorer:
             if pool is not None:
                 scorer.evaluate = partial(evaluating, scorer.evaluate)
             yield scorer

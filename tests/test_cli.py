@@ -391,6 +391,21 @@ class TestResume:
         assert (accepted.status, accepted.err) == (0, "")
         assert (tmp_path / "shared-factors.json").is_file()
 
+    def test_a_machine_that_computes_something_else_is_refused(
+        self, longrope_in: Longrope, longrope: Longrope, small_study: list[str], stop_after: Any, tmp_path: Path
+    ) -> None:
+        """The same software, the same processor by name: a known text shows that it is not the same."""
+        import workers.scorer
+
+        assert self.stop(longrope_in, tmp_path, stop_after, 5, *small_study).status == 130
+        with pytest.MonkeyPatch.context() as patch:
+            probe = workers.scorer.probe
+            patch.setattr(workers.scorer, "probe", lambda loaded: (probe(loaded) or 0.0) + 1e-9)
+            refused = longrope("resume", "shared")
+        assert (refused.status, refused.out) == (1, "")
+        assert "This machine gives a loss of" in refused.err
+        assert longrope("resume", "shared").status == 0
+
 
 class TestStudies:
     def test_list(self, longrope: Longrope, shared: Shared) -> None:

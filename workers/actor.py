@@ -5,17 +5,23 @@ from __future__ import annotations
 import gc
 import os
 import socket
+import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import NodeDiedError, OutOfMemoryError, RayError
 
+import searcher
+import workers
 from searcher.errors import LongRopeError
 from searcher.study import Outcome, Unit
 from workers.model import ModelInfo, ModelRequest, one_line
 from workers.scorer import LocalScorer, PoolRequest, Tokens, score_unit
 from workers.weights import SharedWeights, share
+
+SILENCE = 20.0  # seconds; after 60 without its head Ray ends the driver without a word
 
 
 class Worker:
@@ -93,12 +99,58 @@ def join_cluster(address: str) -> None:
         if port.isdigit():
             socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
         os.environ["RAY_gcs_server_port_wait_time_s"] = tries or "1"  # noqa: SIM112
-        ray.init(address=address, log_to_driver=False, configure_logging=False)
+        ray.init(address=address, runtime_env=_code(), log_to_driver=False, configure_logging=False)
     except (OSError, OverflowError, ValueError, RuntimeError, RayError) as error:
         raise LongRopeError(f"No Ray cluster could be joined at {address}: {one_line(error)}") from error
     finally:
         if tries is None:
             os.environ.pop("RAY_gcs_server_port_wait_time_s", None)
+
+
+def _code() -> dict[str, Any]:
+    """What workers elsewhere run: the two rooms they need, as this driver has them, and no models."""
+    rooms = [str(Path(str(room.__file__)).parent) for room in (searcher, workers)]
+    return {"py_modules": rooms, "excludes": ["**/__pycache__/", "*.safetensors", "tokenizer.json"]}
+
+
+def cause_of_death(error: RayError) -> str:
+    """Why a worker is gone, as far as Ray knows."""
+    text = str(error)
+    if isinstance(error, OutOfMemoryError) or "OUT_OF_MEMORY" in text or "low on memory" in text:
+        return "its node ran out of memory and Ray ended it"
+    if isinstance(error, NodeDiedError) or "node has died" in text or "node died" in text.lower():
+        return "its node was lost"
+    return "the worker died"
+
+
+class Head:
+    """Whether the head of the cluster answers; a look takes a millisecond."""
+
+    def __init__(self) -> None:
+        host, _, port = str(ray.get_runtime_context().gcs_address).rpartition(":")
+        self._address = host.strip("[]"), int(port)
+        self._heard = time.monotonic()
+
+    def look(self) -> bool:
+        """Whether it answers now.
+
+        Raises
+        ------
+        LongRopeError
+            It has not answered for SILENCE seconds.
+        """
+        try:
+            socket.create_connection(self._address, timeout=5).close()
+        except OSError as error:
+            if time.monotonic() - self._heard < SILENCE:
+                return False
+            raise LongRopeError(
+                f"The head of the Ray cluster at {':'.join(map(str, self._address))} has not answered for "
+                f"{SILENCE:.0f} s ({one_line(error)}). What was computed is kept: start the cluster again, then go on "
+                "with longrope resume, and --ray-address where that has changed."
+            ) from error
+        self._heard = time.monotonic()
+        return True
 
 
 def start_cluster(cpus: int) -> str:
@@ -138,8 +190,7 @@ def settle(pool: PoolRequest, threads: int) -> tuple[float, int]:
     needs = {"GPU": gpus, "CPU": float(threads)}
     if gpus > 1:
         raise LongRopeError(f"A worker holds its model on one GPU, so --gpus-per-worker is at most 1, not {gpus:g}.")
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    room = sum(min(int(node.get(kind, 0) / need) for kind, need in needs.items() if need) for node in nodes)
+    room = room_for(gpus, threads)
     workers = pool.workers or room
     if workers < 1 or workers > room:
         have = ", ".join(f"{total.get(kind, 0):g} {kind}s" for kind, need in needs.items() if need)
@@ -149,3 +200,15 @@ def settle(pool: PoolRequest, threads: int) -> tuple[float, int]:
             f"{room}; lower --workers, --gpus-per-worker or --threads, or join a larger cluster with --ray-address."
         )
     return gpus, workers
+
+
+def room_for(gpus: float, threads: int) -> int:
+    """Workers of so many GPUs and CPUs that the nodes alive can hold in all."""
+    needs = {"GPU": gpus, "CPU": float(threads)}
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return sum(min(int(node.get(kind, 0) / need) for kind, need in needs.items() if need) for node in nodes)
+
+
+def nodes_alive() -> dict[str, str]:
+    """Addresses of the nodes alive, by their id."""
+    return {node["NodeID"]: str(node["NodeManagerAddress"]) for node in ray.nodes() if node["Alive"]}

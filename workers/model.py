@@ -77,6 +77,8 @@ class ModelInfo:
     weights_sha256: of weights and config.
     profile: the numerics profile: with the weights, everything that decides the last bit of a score.
     spec, shipped, pairing: see LoadedModel.
+    probe: nats of a short text that follows from the model alone, under factors that turn every pair: workers of one
+        profile that give another number do not compute what they should. None where it was not computed.
     """
 
     weights_sha256: str
@@ -84,6 +86,7 @@ class ModelInfo:
     spec: RopeSpec
     shipped: tuple[str, Factors] | None
     pairing: str
+    probe: float | None = None
 
     @property
     def fingerprint(self) -> str:

@@ -13,6 +13,8 @@ from searcher.study import Unit
 
 GRADIENT_COST = 3.0  # a gradient in forwards: one forward, and a backward pass of twice its multiplications
 ALIKE = 0.9  # units whose expected times differ by less are as good as equal
+HUNG = 10.0  # times what is expected
+UNMEASURED = 3600.0, 0.02  # seconds, and seconds a token, before anything is known: a large model on a slow machine
 
 Kind: TypeAlias = "tuple[str, bool]"  # document and gradient: what decides how long a unit takes
 
@@ -61,6 +63,18 @@ class Durations:
         total, count = self._by_length[near]
         cost = GRADIENT_COST ** (unit.gradient - near[1])
         return cost * total / count * length / near[0]
+
+    def limit(self, unit: Unit, least: float) -> float:
+        """Seconds after which a unit has hung: HUNG times what is expected, never below ``least``.
+
+        Where only shorter windows were measured, attention may take the square of the length.
+        """
+        seconds, by_token = UNMEASURED
+        if not self.known:
+            return max(least, seconds + by_token * unit.document.length)
+        length = unit.document.length
+        longest = max(seen for seen, _ in self._by_length)
+        return max(least, HUNG * self.expected(unit) * max(1.0, length / longest))
 
 
 class Queue:

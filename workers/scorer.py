@@ -7,7 +7,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 
 from searcher.errors import LongRopeError
+from searcher.rope import Factors
 from searcher.study import Outcome, Unit
 from workers import engine
 from workers.model import LoadedModel, ModelInfo, ModelRequest, load_model, model_digest, resolve_folder
@@ -26,6 +27,9 @@ from workers.weights import SharedWeights
 
 if TYPE_CHECKING:
     from workers.pool import RayScorer
+
+PROBE_TOKENS = 128
+TIME_LIMIT = 120.0  # seconds that every evaluation gets
 
 Tokens = Mapping[str, npt.NDArray[np.uint32]]  # Document.sha256 -> tokens of the window
 
@@ -39,11 +43,13 @@ class PoolRequest:
     workers: each holds the whole model; None takes what the cluster has room for.
     gpus_per_worker: 0 on CPU, fractions share a card; None takes 1 where the cluster has GPUs.
     ray_address: None starts a cluster on this machine and stops it at the end; an address joins one.
+    time_limit: seconds before which no evaluation counts as hanging, however short the others were.
     """
 
     workers: int | None = None
     gpus_per_worker: float | None = None
     ray_address: str | None = None
+    time_limit: float = TIME_LIMIT
 
 
 def describe(loaded: LoadedModel, request: ModelRequest, shared: SharedWeights | None = None) -> ModelInfo:
@@ -64,6 +70,16 @@ def describe(loaded: LoadedModel, request: ModelRequest, shared: SharedWeights |
     else:
         weights = model_digest(resolve_folder(request.path, request.trust_remote_code), request.trust_remote_code)
     return ModelInfo(weights, profile, loaded.spec, loaded.shipped, loaded.pairing)
+
+
+def probe(loaded: LoadedModel) -> float | None:
+    """Nats of a short text that is made of the vocabulary's size alone; None where they are not finite."""
+    size = int(loaded.model.get_input_embeddings().num_embeddings)
+    length = min(PROBE_TOKENS, loaded.spec.original_length)
+    tokens = (np.arange(length, dtype=np.uint64) * 7919 % size).astype(np.uint32)
+    factors = Factors(tuple(1 + pair / loaded.spec.pairs for pair in range(loaded.spec.pairs)), 4, 1.05)
+    nats, _ = negative_log_likelihood(loaded, tokens, factors)
+    return nats if math.isfinite(nats) else None
 
 
 def score_unit(loaded: LoadedModel, tokens: Tokens, unit: Unit) -> Outcome:
@@ -155,8 +171,15 @@ def check_vocabulary(loaded: LoadedModel, tokens: Tokens) -> None:
 
 
 @contextmanager
-def open_scorer(request: ModelRequest, tokens: Tokens, pool: PoolRequest | None) -> Iterator[LocalScorer | RayScorer]:
-    """A scorer over Ray workers, or in this process where ``pool`` is None; closed on exit."""
+def open_scorer(
+    request: ModelRequest, tokens: Tokens, pool: PoolRequest | None, say: Callable[[str], None] | None = None
+) -> Iterator[LocalScorer | RayScorer]:
+    """A scorer over Ray workers, or in this process where ``pool`` is None; closed on exit.
+
+    Parameters
+    ----------
+    say: told, a sentence at a time, of workers and nodes that were lost, joined or set aside.
+    """
     if pool is None:
         yield LocalScorer(request, tokens)
         return
@@ -164,7 +187,7 @@ def open_scorer(request: ModelRequest, tokens: Tokens, pool: PoolRequest | None)
         prepare_local_ray()
     from workers.pool import RayScorer
 
-    scorer = RayScorer(request, tokens, pool)
+    scorer = RayScorer(request, tokens, pool, say=say)
     try:
         yield scorer
     finally:
@@ -186,7 +209,7 @@ class LocalScorer:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
         self.loaded = fit_chunk(load_model(request, shared), request)
-        self.info = describe(self.loaded, request, shared)
+        self.info = replace(describe(self.loaded, request, shared), probe=probe(self.loaded))
         self._tokens = tokens
         check_vocabulary(self.loaded, tokens)
 

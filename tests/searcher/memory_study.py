@@ -135,6 +135,10 @@ class MemoryStore:
         kept = self.failures if outcome.nll is None else self.evaluations
         kept.setdefault(outcome.key, outcome)
 
+    def correct(self, outcome: Outcome) -> None:
+        self.life.step()
+        self.evaluations[outcome.key] = outcome
+
     def settle(self, stage: int, part: str, generation: int, seen_by: Sequence[int]) -> None:
         place = (stage, part, generation)
         if self.settled.get(place, list(seen_by)) != list(seen_by):

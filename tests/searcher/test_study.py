@@ -313,6 +313,33 @@ class TestGradients:
         assert [entry[:3] for entry in watcher.finished] == [(REFINE, 7, CANDIDATES[0])]
 
 
+class TestCorrections:
+    """A worker's values turn out to be wrong while its generation is under way."""
+
+    spare = units_of(CANDIDATES[:3], SELECTION)
+
+    def test_scores_and_store_are_those_of_an_untroubled_run(self) -> None:
+        class Erring(AnalyticScorer):
+            def evaluate(self, units: Sequence[Unit], spare: Sequence[Unit] = ()) -> Iterator[Outcome]:
+                wrong = []
+                for number, outcome in enumerate(super().evaluate(units, spare)):
+                    if number % 3 == 0 and outcome.nll is not None:
+                        wrong.append(outcome)
+                        yield replace(outcome, nll=outcome.nll - 1000)
+                    else:
+                        yield outcome
+                yield from (replace(outcome, corrects=True) for outcome in wrong)
+
+        troubled, untroubled = MemoryStore(), MemoryStore()
+        race = leaving((1, 4), (2,)), leaving((1, 4), (2,))
+        scores = generation(troubled, Erring(eager=4), race=race[0], spare=self.spare)
+        assert scores == generation(untroubled, AnalyticScorer(eager=4), race=race[1], spare=self.spare)
+        assert race[0].shown == race[1].shown
+        assert {key: outcome.nll for key, outcome in troubled.evaluations.items()} == {
+            key: outcome.nll for key, outcome in untroubled.evaluations.items()
+        }
+
+
 @pytest.mark.parametrize("work", [generation, TestGradients().gradients])
 def test_after_a_change_of_fingerprint_the_rest_goes_on_under_new_keys(
     work: Callable[[MemoryStore, AnalyticScorer], Any],

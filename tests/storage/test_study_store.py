@@ -228,6 +228,16 @@ class TestOutcomes:
                 store.record(Outcome(KEYS[0][0], 2.0, 63, 2.0, "x"))
                 assert known(store)[0][0] == first
 
+    def test_a_value_that_was_wrong_is_replaced_for_every_study(self, repository: Repository) -> None:
+        wrong = Outcome(KEYS[0][0], math.nan, 63, 1.0, "w", "the loss is nan")
+        right = Outcome(KEYS[0][0], 2.5, 63, 2.0, "x", gradient=(0.1, math.nextafter(0.2, 1)))
+        with study(repository, "one") as one, study(repository, "two") as two:
+            one.record(wrong)
+            one.correct(right)
+            for store in (one, two):
+                assert known(store)[0][0] == right
+                assert known(store)[0][1] is None
+
     def test_two_studies_race_for_one_key(self, repository: Repository) -> None:
         barrier = threading.Barrier(2)
         with study(repository, "one") as one, study(repository, "two") as two:

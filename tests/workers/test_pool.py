@@ -49,6 +49,7 @@ def values(outcomes: Sequence[Outcome]) -> dict[str, tuple[float | None, int, st
 @pytest.fixture(scope="module", autouse=True)
 def _one_token() -> None:
     """As open_scorer does for a cluster of its own: Ray settles once a process whether it speaks with a token."""
+    os.environ.setdefault("RAY_worker_niceness", "0")  # at Ray's 15 a busy machine starves them
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
@@ -167,7 +168,7 @@ def pool(address: str, tally: Tally, monkeypatch: pytest.MonkeyPatch) -> Pool:
     ) -> AbstractContextManager[RayScorer]:
         import ray
 
-        import workers.pool
+        import workers.crew
 
         class Stub:
             def node(self) -> str:
@@ -183,12 +184,12 @@ def pool(address: str, tally: Tally, monkeypatch: pytest.MonkeyPatch) -> Pool:
                 began = time.perf_counter()
                 tally.add(unit.key)
                 on_score(tally, unit.key)
-                return Outcome(unit.key, float(unit.key), 1, time.perf_counter() - began)
+                return Outcome(unit.key, float(unit.key), LENGTH - 1, time.perf_counter() - began)
 
         def create_worker(cpus: int, _gpus: float) -> Any:
             return ray.remote(num_cpus=cpus, max_restarts=0, max_task_retries=0)(Stub).remote()
 
-        monkeypatch.setattr(workers.pool, "create_worker", create_worker)
+        monkeypatch.setattr(workers.crew, "create_worker", create_worker)
         return open_scorer(ModelRequest("nowhere", LENGTH), {}, PoolRequest(2, 0, address))  # type: ignore[return-value]
 
     return opened
@@ -207,7 +208,7 @@ class TestScheduling:
 
         with pool(die_at_first) as scorer:
             outcomes = list(scorer.evaluate(UNITS))
-        assert values(outcomes) == {unit.key: (float(unit.key), 1, None) for unit in UNITS}
+        assert values(outcomes) == {unit.key: (float(unit.key), LENGTH - 1, None) for unit in UNITS}
         assert {unit.key: tally.of(unit.key) for unit in UNITS} == {
             unit.key: 1 + doomed.get(unit.key, 0) for unit in UNITS
         }
@@ -226,7 +227,7 @@ class TestScheduling:
             outcomes = values(list(scorer.evaluate(UNITS)))
         reason = "the worker died (3 attempts)" if poison == "kills" else "out of memory (3 attempts)"
         assert outcomes.pop("051") == (None, 0, reason)
-        assert outcomes == {unit.key: (float(unit.key), 1, None) for unit in UNITS if unit.key != "051"}
+        assert outcomes == {unit.key: (float(unit.key), LENGTH - 1, None) for unit in UNITS if unit.key != "051"}
         assert tally.of("051") == 3
 
     @pytest.mark.slow
@@ -271,7 +272,7 @@ class TestScheduling:
 
         with pool(die_once, differ_later) as scorer:
             outcomes = list(scorer.evaluate(UNITS))
-        assert values(outcomes) == {unit.key: (float(unit.key), 1, None) for unit in UNITS}
+        assert values(outcomes) == {unit.key: (float(unit.key), LENGTH - 1, None) for unit in UNITS}
         assert len({outcome.worker for outcome in outcomes}) == 1
         assert tally.of("starts") > 3
 
@@ -341,7 +342,7 @@ class TestScheduling:
 
             def score(self, unit: Unit) -> Outcome:
                 self.both.wait()
-                return Outcome(unit.key, float(unit.key), 1)
+                return Outcome(unit.key, float(unit.key), LENGTH - 1)
 
         actors: list[Any] = []
 
@@ -355,7 +356,7 @@ class TestScheduling:
             outcomes = list(scorer.evaluate(UNITS))
         finally:
             scorer.close()
-        assert values(outcomes) == {unit.key: (float(unit.key), 1, None) for unit in UNITS}
+        assert values(outcomes) == {unit.key: (float(unit.key), LENGTH - 1, None) for unit in UNITS}
         assert {outcome.worker for outcome in outcomes} == {"ray-0", "ray-1"}
 
     @pytest.mark.parametrize(

@@ -139,3 +139,25 @@ def test_the_last_worker_ends_within_graham_s_bound(lengths: list[int], workers:
     pairs = sorted(lengths, reverse=True)[workers - 1 : workers + 1]
     lower = max(sum(lengths) / workers, max(lengths), sum(pairs) if len(pairs) == 2 else 0)
     assert max(ends) <= (4 / 3 + 0.15) * lower
+
+
+class TestLimit:
+    """How long a unit may take before it has hung."""
+
+    @given(UNITS, st.floats(0.01, 1e4))
+    def test_never_below_the_floor(self, units: list[Unit], least: float) -> None:
+        durations = known(*((one, 0.001) for one in units))
+        assert all(durations.limit(one, least) >= least for one in units)
+
+    def test_ten_times_what_was_measured(self) -> None:
+        durations = known((unit(0, 100), 2.0), (unit(0, 100), 4.0))
+        assert durations.limit(unit(0, 100), 1.0) == pytest.approx(30.0)
+        assert durations.limit(unit(1, 50), 1.0) == pytest.approx(15.0)
+
+    def test_a_longer_window_may_take_the_square_of_its_length(self) -> None:
+        durations = known((unit(0, 100), 3.0))
+        assert durations.limit(unit(1, 1000), 1.0) == pytest.approx(10 * 3.0 * 10 * 10)
+
+    def test_generous_before_anything_is_known(self) -> None:
+        """A large model at 2M tokens on a slow machine: half a day, not two minutes."""
+        assert Durations().limit(unit(0, 2**21), 120.0) == pytest.approx(3600 + 0.02 * 2**21)
