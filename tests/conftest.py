@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import random
+import secrets
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -19,6 +20,9 @@ import pytest
 from hypothesis import HealthCheck, settings
 from postgres_server import Server
 
+# Ray reads them once a process, wherever it is imported first.
+os.environ.setdefault("RAY_AUTH_MODE", "token")
+os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 # A busy machine is no fault of the code's.
 settings.register_profile("any-speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any-speed")

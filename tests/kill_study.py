@@ -302,7 +302,7 @@ def _install(reached: _Probe) -> None:
     """
     from sqlalchemy import Engine, event
 
-    import commands.extensions as extensions
+    import commands.extension_stages as extension_stages
     import commands.runs as runs
     import searcher.racing
     import searcher.search
@@ -382,7 +382,7 @@ def _install(reached: _Probe) -> None:
     patched: list[tuple[Any, str, Any]] = [
         (Path, "replace", replacing),
         (Path, "rename", renaming),
-        (extensions, "score_generation", at_its_place(score_generation)),
+        (extension_stages, "score_generation", at_its_place(score_generation)),
         (searcher.search, "score_generation", at_its_place(score_generation)),
         (searcher.search, "score_gradients", at_its_place(score_gradients)),
         *((race, "kept", announcing(race.kept)) for race in (searcher.racing.Race, searcher.racing.Cut)),

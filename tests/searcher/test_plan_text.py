@@ -33,7 +33,7 @@ def test_the_plans_that_come_with_the_program_read_back(name: str, seed: int | N
 
 def test_what_a_file_can_say_is_said() -> None:
     data: dict[str, Any] = {
-        "name": 'a "name"\\ with\ttabs, ümläute and \N{SNOWMAN}',
+        "name": 'a "name"\\ with quotes, ümläute and \N{SNOWMAN}',
         "stages": [
             {"kind": "search", "length": "8x", "preset": "paper", "seed": 3, "upper_ratio": 1.5, "n_hats": [0, 4]},
             {"kind": "finetune", "length": "8x", "tokens": 512, "steps": 3, "warmup": 1, "outside": True},
