@@ -48,6 +48,7 @@ from workers.reference import MODEL_DIR, held_out_documents  # noqa: E402
 ORIGINAL, TARGET = 256, 2048
 LENGTHS = (200, 256, 257, 2000)
 RUN, CODE = "runs the model", "its own config reader and rotation run"
+READER = "its own config reader run, and the rotation by the formula"
 FORMS_CHECKED = "transformers transformers4 vllm sglang gguf mlx exllamav2 exllamav3 onnx-genai csv"
 CHECKED = FORMS_CHECKED.split(" ")
 RESULTS = ROOT / "benchmarks" / "results" / "consumers"
@@ -238,7 +239,7 @@ def run_rotation(name: str, consumers: Path, folder: Path, model: ModelIdentity)
                 FORMS[name].reads,
                 name,
                 "short and long" if switches else "one",
-                CODE,
+                READER if name.startswith("exllama") else CODE,
                 f"rotated queries of {', '.join(map(str, places))} tokens",
                 max(apart[n] for n in places),
                 untouched,
