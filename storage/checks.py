@@ -125,6 +125,28 @@ def plain(value: object, where: str, depth: int = 0) -> object:
     raise expected(where, "a JSON value", value)
 
 
+def read_bytes(path: Path, kind: str) -> bytes:
+    """A file of at most MAX_BYTES.
+
+    Parameters
+    ----------
+    kind: what no such file that is larger holds, for the message.
+
+    Raises
+    ------
+    LongRopeError
+        It cannot be read, or is too large.
+    """
+    try:
+        with path.open("rb") as handle:
+            data = handle.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise LongRopeError(f"{path} cannot be read: {error.strerror or error}.") from error
+    if len(data) > MAX_BYTES:
+        raise LongRopeError(f"{path} is larger than {MAX_BYTES >> 20} MiB; no file of {kind} is.")
+    return data
+
+
 def read_json(path: Path) -> object:
     """The JSON value in a file of at most MAX_BYTES; a key that comes twice in one object is an error.
 
@@ -135,13 +157,7 @@ def read_json(path: Path) -> object:
     LongRopeError
         The file cannot be read, is too large, or is not JSON in UTF-8.
     """
-    try:
-        with path.open("rb") as handle:
-            data = handle.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise LongRopeError(f"{path} cannot be read: {error.strerror or error}.") from error
-    if len(data) > MAX_BYTES:
-        raise LongRopeError(f"{path} is larger than {MAX_BYTES >> 20} MiB; no file of factors or settings is.")
+    data = read_bytes(path, "factors or settings")
     try:
         return json.loads(data.decode("utf-8-sig"), parse_int=_int, object_pairs_hook=_without_duplicates)
     except UnicodeDecodeError as error:

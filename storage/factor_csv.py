@@ -11,7 +11,7 @@ from pathlib import Path
 
 from searcher.errors import LongRopeError
 from searcher.rope import Factors
-from storage.checks import MAX_BYTES, Fault, number
+from storage.checks import Fault, number, read_bytes
 from storage.losses import DERIVED, Room
 
 CSV = Room("CSV", short=False, attention=DERIVED, layers=True)
@@ -67,13 +67,7 @@ def read_csv(path: Path) -> Factors:
     LongRopeError
         It cannot be read, is too large, is no text, or as ``from_csv``.
     """
-    try:
-        with path.open("rb") as handle:
-            data = handle.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise LongRopeError(f"{path} cannot be read: {error.strerror or error}.") from error
-    if len(data) > MAX_BYTES:
-        raise LongRopeError(f"{path} is larger than {MAX_BYTES >> 20} MiB; no file of factors is.")
+    data = read_bytes(path, "factors")
     try:
         return from_csv(data.decode("utf-8-sig"), str(path))
     except UnicodeDecodeError as error:

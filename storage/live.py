@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
+from typing import Self
 
 from rich.console import Console
 from rich.live import Live
@@ -67,7 +68,22 @@ class _Screen:
             return
 
 
-class Watcher:
+class _OnScreen:
+    """A block while which a screen shows."""
+
+    _screen: _Screen
+
+    def __enter__(self) -> Self:
+        self._screen.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._screen.stop()
+
+
+class Watcher(_OnScreen):
     """A ``searcher.study.Observer`` for a console.
 
     Parameters
@@ -109,15 +125,6 @@ class Watcher:
         self._lock = threading.Lock()  # never held while anything is printed
         self._picture = Picture(title, evaluations + afterwards)
         self._screen = _Screen(console, self._draw)
-
-    def __enter__(self) -> Watcher:
-        self._screen.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._screen.stop()
 
     def generation_started(self, part: str, generation: int, units: int, pending: int) -> None:
         with self._lock:
@@ -232,7 +239,7 @@ class Watcher:
         return (rest * forward + steps * (gradient or 3 * forward)) * self._picture.elapsed / busy
 
 
-class TuningWatcher:
+class TuningWatcher(_OnScreen):
     """Shows a fine-tuning: a line a step on a pipe, as a picture in a terminal.
 
     Parameters
@@ -248,15 +255,6 @@ class TuningWatcher:
         self._lock = threading.Lock()  # never held while anything is printed
         self._picture = TuningPicture(title, steps)
         self._screen = _Screen(console, self._draw)
-
-    def __enter__(self) -> TuningWatcher:
-        self._screen.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._screen.stop()
 
     def logged(self, step: int, values: Mapping[str, float]) -> None:
         """What was measured at a step; see ``workers.finetune.tune``."""

@@ -10,7 +10,7 @@ from itertools import groupby, takewhile
 from typing import Any, NamedTuple
 
 from sqlalchemy import ColumnElement, Select, and_, case, func, select
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, aliased
 
 from searcher.rope import Factors
 from searcher.study import REFINE, SEARCH_SHORT, Outcome
@@ -245,18 +245,22 @@ def scored_candidates(session: Session, study: Study, after: int = 0) -> list[Sc
         names[candidate] = [row[1] for row in members]
         kept_at[candidate] = [row[2] for row in members]
         outcomes[candidate] = [outcome_of(*row[3:]) for row in members]
-    candidates = session.scalars(select(CandidateRow).where(mine, CandidateRow.id > after)).all()
-    # After them: what is written in between has its place, too.
+    new = aliased(CandidateRow)  # whole rows of those alone; of the others only their places
     of_its_stage = and_(StageRow.study_id == CandidateRow.study_id, StageRow.stage == CandidateRow.stage)
     place = (CandidateRow.stage, CandidateRow.part, CandidateRow.generation)
-    everywhere = select(CandidateRow.id, CandidateRow.seen, StageRow.status, *place).outerjoin(StageRow, of_its_stage)
+    everywhere = select(CandidateRow.id, CandidateRow.seen, StageRow.status, *place, new).where(mine)
+    everywhere = everywhere.outerjoin(StageRow, of_its_stage)
+    everywhere = everywhere.outerjoin(new, and_(new.id == CandidateRow.id, new.id > after))
+    candidates: list[CandidateRow] = []
     first: dict[Place, int] = {}
     ended: set[Place] = set()
-    for number, seen, status, stage, part, generation in session.execute(everywhere.where(mine)):
+    for number, seen, status, stage, part, generation, row in session.execute(everywhere):
         here = Place(stage, part, generation)
         first[here] = min(first.get(here, number), number)
         if seen is not None or status == FINISHED:
             ended.add(here)
+        if row is not None:
+            candidates.append(row)
     ended |= set(first) if study.status == "finished" else over(first.items())
     scored = []
     for row in sorted(candidates, key=lambda row: (row.stage, first[_place(row)], row.child)):

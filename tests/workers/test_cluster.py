@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import secrets
 import signal
 import subprocess
 import sys
@@ -61,11 +60,9 @@ def right(unit: Unit, seconds: float = 0.01) -> Outcome:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _one_token() -> None:
+def _as_open_scorer_does() -> None:
     os.environ.setdefault("RAY_worker_niceness", "0")  # at Ray's 15 a busy machine starves them
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
 @pytest.fixture(scope="module")

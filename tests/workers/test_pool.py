@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
 import signal
 import sys
@@ -47,12 +46,9 @@ def values(outcomes: Sequence[Outcome]) -> dict[str, tuple[float | None, int, st
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _one_token() -> None:
-    """As open_scorer does for a cluster of its own: Ray settles once a process whether it speaks with a token."""
+def _as_open_scorer_does() -> None:
     os.environ.setdefault("RAY_worker_niceness", "0")  # at Ray's 15 a busy machine starves them
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
 @pytest.fixture(scope="module")
