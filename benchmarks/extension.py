@@ -5,8 +5,8 @@
 Runs ``longrope extend`` with the plan ``reference`` for each model and seed, or goes on with what WORK holds; what is
 finished is only read. BOOKS has folders search and test, and train.tar.xz, which is unpacked into WORK. The books model
 answers neither retrieval task inside its own window (``longrope evaluate --model benchmarks/books_model --measure
-passkey,key_value --lengths 1x``), so its plan leaves them out. Writes
-extension.md and extension.json: by model, method and length, perplexity on the test documents and what passkey and
+passkey,key_value --lengths 1x``), so its plan leaves them out; and as one novel is all its selection set, more windows
+of it are taken. Writes extension.md and extension.json: by model, method and length, perplexity on the test documents and what passkey and
 key-value retrieval got right, mean and range over the seeds, and the seconds of every stage.
 """
 
@@ -28,10 +28,16 @@ from typing import Any
 from searcher.plan_file import BUILT_IN
 from storage.repository import Repository
 
-PLANS: dict[str, dict[str, int]] = {
+# What a model's plan has instead of the reference plan's.
+PLANS: dict[str, dict[str, str]] = {
     "reference": {},
-    "books": {"passkey_depths": 0, "key_value_trials": 0},
-}  # what the evaluation has instead
+    "books": {
+        'kind = "evaluate"\n': 'kind = "evaluate"\npasskey_depths = 0\nkey_value_trials = 0\n',
+        "selection = 8": "selection = 24",
+        "selection = 2": "selection = 8",
+        "selection = 1": "selection = 4",
+    },
+}
 BOOKS_MODEL = Path(__file__).resolve().parent / "books_model"
 PARTS = {"test": "perplexity on the test documents", "passkey": "passkey, right", "key_value": "key-value, right"}
 
@@ -56,10 +62,11 @@ def options(model: str, books: Path | None, work: Path) -> list[str]:
 
 def plan_file(model: str, work: Path) -> Path:
     """The plan ``reference`` as this model needs it."""
-    changes = "".join(f"{key} = {value}\n" for key, value in PLANS[model].items())
     text = (BUILT_IN / "reference.toml").read_text(encoding="utf-8")
+    for ours, theirs in PLANS[model].items():
+        text = text.replace(ours, theirs)
     path = work / f"{model}.toml"
-    path.write_text(text.replace('kind = "evaluate"\n', f'kind = "evaluate"\n{changes}'), encoding="utf-8")
+    path.write_text(text, encoding="utf-8")
     return path
 
 

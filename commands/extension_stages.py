@@ -196,7 +196,8 @@ class Driver:
         ends = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         short, original = None, self.spec.original_length
         if tuning.mixed_window:
-            short = pack(short_documents(texts, original, *ends), original, *ends, tuning.seed)
+            whole = tuning.short_text == "documents"
+            short = pack(short_documents(texts, original, *ends) if whole else texts, original, *ends, tuning.seed)
         recorded = store.checkpoints(number)
         resume = None
         if recorded:

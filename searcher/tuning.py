@@ -12,6 +12,7 @@ from searcher.errors import LongRopeError
 
 SCHEDULES = ("linear", "constant", "cosine")
 TUNING_DTYPES = ("bfloat16", "float32")
+SHORT_TEXTS = ("documents", "windows")
 # transformers' names. 8-bit and paged ones need packages of their own, and lose the bit-identity of a resumed run.
 OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "adafactor", "sgd")
 
@@ -35,8 +36,10 @@ class Tuning:
     dtype: of forward and backward. ``bfloat16`` is autocast: weights, gradients and optimiser state are float32 anyway.
     lora_rank: None trains all weights; else the rank of LoRA on every linear map but the head (arXiv 2106.09685).
     lora_alpha: LoRA's scale is alpha / rank; None for 2 x rank.
-    mixed_window: share of the micro-batches that are short documents under the original RoPE (LongRoPE2, arXiv
-        2502.20082); 0 for none.
+    mixed_window: share of the micro-batches that are short text under the original RoPE (LongRoPE2, arXiv 2502.20082);
+        0 for none.
+    short_text: what that is: ``documents`` of at most L0 tokens, as in LongRoPE2, or ``windows`` of L0 tokens out of all
+        documents, where the text has no short ones.
     gradient_checkpointing: keep only the hidden states between layers, and compute the rest again on the way back.
     save_every, evaluate_every: steps between checkpoints and between held-out evaluations; both also after the last.
     seed: of the data order and of LoRA's first weights.
@@ -58,6 +61,7 @@ class Tuning:
     lora_rank: int | None = None
     lora_alpha: int | None = None
     mixed_window: float = 0.0
+    short_text: str = "documents"
     gradient_checkpointing: bool = True
     save_every: int = 50
     evaluate_every: int = 50
@@ -77,6 +81,7 @@ class Tuning:
         _require(self.optimizer in OPTIMIZERS, "optimizer", f"one of {', '.join(OPTIMIZERS)}", self)
         _require(self.dtype in TUNING_DTYPES, "dtype", f"one of {', '.join(TUNING_DTYPES)}", self)
         _require(_finite(self.mixed_window) and 0 <= self.mixed_window < 1, "mixed_window", "a share in 0 .. 1", self)
+        _require(self.short_text in SHORT_TEXTS, "short_text", f"one of {', '.join(SHORT_TEXTS)}", self)
         rank, alpha = self.lora_rank, self.lora_alpha
         _require(rank is None or (_whole(rank) and rank >= 1), "lora_rank", "None or a whole number from 1", self)
         _require(alpha is None or (_whole(alpha) and alpha >= 1), "lora_alpha", "None or a whole number from 1", self)

@@ -148,6 +148,7 @@ def short_documents(documents: Sequence[TokenArray], length: int, bos: int | Non
     if not found:
         raise LongRopeError(
             f"Mixed-window training needs documents of at most {length} tokens, BOS and EOS included, but the shortest "
-            f"of {len(documents)} has {min(map(len, documents), default=0)}; add short text, or set mixed_window to 0."
+            f"of {len(documents)} has {min(map(len, documents), default=0)}; add short text, set short_text to "
+            "windows, which cuts the long ones, or mixed_window to 0."
         )
     return found
