@@ -94,7 +94,7 @@ def export(
     for note in notes:
         console.print(note, highlight=False)
     if command:
-        console.print(f"start it with: {command}", highlight=False, soft_wrap=True, markup=False)
+        console.print(f"start it with: {command}", highlight=False, soft_wrap=True)
     console.print(f"written: {target}", highlight=False, soft_wrap=True)
 
 

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -157,9 +158,13 @@ def driver_store(storage: str, timeout: float, create: bool = True) -> Repositor
 
 
 def open_console(stderr: bool = False) -> Console:
-    """A console that does not fold tables to 80 columns where nobody's terminal asks for it."""
-    console = Console(stderr=stderr)
-    return console if console.is_terminal else Console(stderr=stderr, width=120)
+    """A console that prints what it is given, brackets and colons too: much of it is names, paths and errors of others.
+
+    It does not fold tables to 80 columns where nobody's terminal asks for it.
+    """
+    opened = partial(Console, stderr=stderr, markup=False, emoji=False)
+    console = opened()
+    return console if console.is_terminal else opened(width=120)
 
 
 def _stop(signum: int, frame: object) -> None:  # noqa: ARG001 - the shape of a signal handler
