@@ -136,6 +136,16 @@ def model_of(file: FactorFile, model: str | None) -> tuple[Path, Mapping[str, An
     return folder, read_config_json(folder)
 
 
+def window_in_force(numerics: Mapping[str, Any], config: Mapping[str, Any]) -> int | None:
+    """The attention window that scores were computed under; None where the config states it already."""
+    from workers.model import NO_WINDOW
+
+    window: int | None = numerics.get("sliding_window")
+    if window is None and config.get("sliding_window") is not None and numerics:
+        return NO_WINDOW  # it was off, or never reached
+    return window
+
+
 def _config_form(
     form: str,
     is_config: bool,
@@ -149,15 +159,11 @@ def _config_form(
     from storage.config_forms import command_line, config_patch, form_notes, form_room
     from storage.losses import take
     from storage.model_folder import write_model_folder
-    from workers.model import NO_WINDOW
 
     folder, config = model_of(file, model)
     numerics: Any = file.provenance.get("numerics") or {}
-    window, dtype = numerics.get("sliding_window"), numerics.get("dtype")
-    if window is None and config.get("sliding_window") is not None and numerics:
-        window = NO_WINDOW  # it was off, or never reached
     taken = take(file, form_room(form, file.model.family), *how)
-    patch = config_patch(form, taken, config, window, dtype)
+    patch = config_patch(form, taken, config, window_in_force(numerics, config), numerics.get("dtype"))
     command = None
     if CONFIGS[form].folder and not is_config:
         write_model_folder(folder, target, patch, taken.target_length)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from commands.export import window_in_force
 from commands.runs import search
 from searcher.errors import LongRopeError
 from searcher.extension import (
@@ -29,7 +30,7 @@ from searcher.extension import (
 )
 from searcher.regimes import Place, regimes, rows
 from searcher.rope import Factors
-from searcher.second import TUNED, attention_policy, stage_plan, tuning_factors
+from searcher.second import TUNED, attention_policy, recovered, stage_plan, tuning_factors
 from searcher.study import WITHOUT_N_HAT, Candidate, Score, score_generation
 from storage.config_forms import config_patch, form_room
 from storage.factor_file import FactorFile, ModelIdentity, Regime, RegimeScore, WithoutNHat, write
@@ -43,7 +44,14 @@ from workers.checkpoints import Checkpoint
 from workers.corpus import study_windows, training_documents
 from workers.finetune import UNFINISHED, TuneRequest, tune
 from workers.frames import KEY_VALUE, PASSKEY
-from workers.model import ModelRequest, load_tokenizer, model_digest, read_config_json, resolve_folder
+from workers.model import (
+    ModelRequest,
+    load_tokenizer,
+    model_digest,
+    read_config_json,
+    resolve_folder,
+    shipped_factors,
+)
 from workers.packing import pack, short_documents
 from workers.retrieval import TooShort, Trial, make_trial, tasks
 from workers.scorer import open_scorer
@@ -89,6 +97,10 @@ class Driver:
         self.kept: list[str] = []
         self.results: dict[str, dict[str, Any]] = {}
         self.evaluation: dict[str, Any] | None = None
+
+    def shipped_at(self, length: int) -> Factors | None:
+        """What the model's own config scales by at a length."""
+        return shipped_factors(str(self.folders[BASE]), self.spec, length, self.extension.model.trust_remote_code)
 
     def stage(self, record: StageRecord) -> Stage:
         return self.plan.stages[record.stage]
@@ -171,8 +183,7 @@ class Driver:
             result = search(plan, documents, scorer, store, self.console, self.title(record))
         served = "searched"
         if stage.kind == RECOVER:  # the short regime is kept only where it wins on the selection documents
-            table = scores(result, "selection")
-            served = min((TUNED, "searched", "none"), key=lambda name: table[name].loss)
+            served = recovered({name: score.loss for name, score in scores(result, "selection").items()})
         store.finish_stage(record.stage, {**result, "served": served})
 
     def finetune(self, store: StudyStore, record: StageRecord, checkpoint: Path | None) -> str | None:
@@ -264,7 +275,9 @@ class Driver:
         notes = ["factors.json"]
         try:
             taken = take(file, form_room("transformers", identity.family))
-            patch = config_patch("transformers", taken, read_config_json(base))
+            config = read_config_json(base)
+            numerics: Any = file.provenance.get("numerics") or {}
+            patch = config_patch("transformers", taken, config, window_in_force(numerics, config))
             (work / "config-patch.json").write_text(json.dumps(patch, indent=2) + "\n", encoding="utf-8")
             notes.append("config-patch.json (for transformers' own RoPE; put the base model's config back after it)")
         except LongRopeError as error:
@@ -298,7 +311,7 @@ class Driver:
         """
         stage, number = self.stage(record), record.stage
         asked = stage.evaluation
-        table = rows(self.plan, asked, self.spec, self.found, self.kept)
+        table = rows(self.plan, asked, self.spec, self.found, self.kept, self.shipped_at)
         windows = {length: self.windows(stage, length) for length in asked.lengths}
         trials = {length: self.trials(asked, length) for length in asked.lengths}
         tokens = {w.document.sha256: w.tokens for found in windows.values() for w in found}
@@ -367,7 +380,7 @@ class Driver:
         model = self.plan.final_model()
         shortest = 1 if model != BASE else self.spec.original_length + 1
         table = []
-        for place in regimes(self.plan, self.spec, self.found, self.kept):
+        for place in regimes(self.plan, self.spec, self.found, self.kept, self.shipped_at):
             table.append(self.regime(place, shortest, model))
             shortest = place.longest + 1
         name = self.identity.name if model == BASE else f"{self.identity.name}-{model}"
@@ -393,17 +406,17 @@ class Driver:
         """Where the factors come from: no time, host or path."""
         searched = [stage for stage in self.plan.stages if stage.name in self.results and stage.kind in SEARCHES]
         data: dict[str, object] = {}
-        software: dict[str, object] = {"longrope-search": version("longrope-search")}
+        computed_by: dict[str, object] = {"software": {"longrope-search": version("longrope-search")}}
         for stage in searched:
             result = self.results[stage.name]
-            software = dict(result["computed_by"]["software"])
+            computed_by = dict(result["computed_by"])
             data[stage.name] = {part: list(size) for part, size in result["windows"].items()}
         return {
             "study": self.extension.name,
             "seed": next((stage.search.seed for stage in searched), None),
             "plan": self.plan.to_json(),
             "data": data,
-            "software": software,
+            **computed_by,
         }
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 
 from searcher.baselines import BASELINES
 from searcher.extension import BASE, FINETUNE, RECOVER, SEARCH, Evaluation, ExtensionPlan
+from searcher.plan import SHIPPED
 from searcher.rope import Factors, RopeSpec, attention_factor
 from searcher.second import stage_plan, tuning_factors
 
@@ -19,7 +20,7 @@ class Place:
     Attributes
     ----------
     longest: in tokens, included.
-    source: a stage's name, or a baseline's.
+    source: a stage's name, a baseline's, or ``shipped``.
     """
 
     longest: int
@@ -27,8 +28,31 @@ class Place:
     factors: Factors
 
 
-def regimes(plan: ExtensionPlan, spec: RopeSpec, found: Mapping[str, Factors], kept: Sequence[str]) -> list[Place]:
+# What the scaling that a model's own config states amounts to at a length, in tokens; None where it states none.
+ShippedAt = Callable[[int], Factors | None]
+
+
+def unscaled(_length: int) -> None:
+    """A config without scaling."""
+
+
+def _own(spec: RopeSpec, shipped_at: ShippedAt, length: int) -> Place:
+    """The rotation of the model's own config: the untouched one, or its shipped scaling."""
+    shipped = shipped_at(length)
+    return Place(length, "none", Factors((1.0,) * spec.pairs)) if shipped is None else Place(length, SHIPPED, shipped)
+
+
+def regimes(
+    plan: ExtensionPlan,
+    spec: RopeSpec,
+    found: Mapping[str, Factors],
+    kept: Sequence[str],
+    shipped_at: ShippedAt = unscaled,
+) -> list[Place]:
     """The regimes of the extended model, ascending: recovered lengths, the tuned length, the searches beyond it.
+
+    A model tuned with short text under its config's own rotation (``mixed_window``) is served so up to L0, as
+    LongRoPE2 does, unless that length was recovered.
 
     Parameters
     ----------
@@ -40,6 +64,8 @@ def regimes(plan: ExtensionPlan, spec: RopeSpec, found: Mapping[str, Factors], k
     if model != BASE:
         last = plan.stage(model)
         tuned = Place(last.length, str(last.factors), tuning_factors(last, spec, found))
+        if last.tuning.mixed_window:
+            places[spec.original_length] = _own(spec, shipped_at, spec.original_length)
         places[last.length] = tuned
         # Where a recovery lost, what it lost to goes on serving, though a longer one may have won.
         for stage in plan.of_kind(RECOVER):
@@ -75,13 +101,19 @@ class Row:
 
 
 def rows(
-    plan: ExtensionPlan, evaluation: Evaluation, spec: RopeSpec, found: Mapping[str, Factors], kept: Sequence[str]
+    plan: ExtensionPlan,
+    evaluation: Evaluation,
+    spec: RopeSpec,
+    found: Mapping[str, Factors],
+    kept: Sequence[str],
+    shipped_at: ShippedAt = unscaled,
 ) -> list[Row]:
     """The papers' table: baselines and LongRoPE untuned; every tuned line; the extension without and with recovery.
 
     An untuned baseline is scaled to each length, under its own attention factor and, where that is another one, under
-    the evaluation's. A tuned line keeps what it was tuned at up to its length, and beyond
-    it is scaled to the length, as the extension is by its last search.
+    the evaluation's; a model's shipped scaling is one more. A tuned line keeps what it was tuned at up to its length,
+    and beyond it is scaled to the length, as the extension is by its last search; up to L0 it is served as ``regimes``
+    serves the extension.
     """
     lengths = evaluation.lengths
     table = []
@@ -96,25 +128,29 @@ def rows(
         table.append(Row(name, BASE, own))
         if shared != own:
             table.append(Row(f"{name}, attention {policy}", BASE, shared))
+    if any(shipped_at(n) is not None for n in lengths):
+        table.append(Row(SHIPPED, BASE, {n: _own(spec, shipped_at, n).factors for n in lengths}))
     untuned = [
         Place(stage.length, stage.name, found[stage.name])
         for stage in sorted(plan.of_kind(SEARCH), key=lambda stage: stage.length)
         if stage.model == BASE and stage.name in found
     ]
-    ones = Factors((1.0,) * spec.pairs)
+    own = {n: _own(spec, shipped_at, n).factors for n in lengths if n <= spec.original_length}
     if untuned:
-        by_length = {n: ones if n <= spec.original_length else serving(untuned, n) for n in lengths}
+        by_length = {n: own[n] if n in own else serving(untuned, n) for n in lengths}
         table.append(Row("longrope, not tuned", BASE, by_length))
     for line in plan.lines()[1:]:
         last = plan.stage(plan.final_model(line))
         fixed, make = tuning_factors(last, spec, found), BASELINES[line]
-        beyond = {n: fixed if n <= last.length else make(spec, spec.scale(n)) for n in lengths}
-        table.append(Row(f"{line}, tuned", last.name, beyond))
+        by_length = {n: fixed if n <= last.length else make(spec, spec.scale(n)) for n in lengths}
+        short = own if last.tuning.mixed_window else {}
+        table.append(Row(f"{line}, tuned", last.name, {**by_length, **short}))
     model = plan.final_model()
     if model != BASE:
-        without = regimes(plan, spec, found, ())
+        searched = {name: factors for name, factors in found.items() if plan.stage(name).kind != RECOVER}
+        without = regimes(plan, spec, searched, (), shipped_at)
         table.append(Row("longrope, without recovery", model, {n: serving(without, n) for n in lengths}))
-        served = regimes(plan, spec, found, kept)
+        served = regimes(plan, spec, found, kept, shipped_at)
         table.append(Row("longrope", model, {n: serving(served, n) for n in lengths}))
     return table
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from searcher.baselines import BASELINES
 from searcher.errors import LongRopeError
 from searcher.extension import RECOVER, SEARCH, ExtensionPlan, Stage
-from searcher.plan import SearchSettings, search_plan
+from searcher.plan import SHIPPED, SearchSettings, search_plan
 from searcher.rope import Factors, RopeSpec, attention_factor
 from searcher.search import SearchPlan
 from searcher.space import GRID, SearchSpace
@@ -34,20 +34,26 @@ def rescaled_seeds(factors: Factors, length: int, target: int) -> dict[str, tupl
     return {name: (row, factors.n_hat) for name, row in seeds.items()}
 
 
-def recovery_plan(settings: SearchSettings, spec: RopeSpec, tuned: Factors, stage: int) -> SearchPlan:
+def recovery_plan(
+    settings: SearchSettings, spec: RopeSpec, tuned: Factors, stage: int, shipped: tuple[str, Factors] | None = None
+) -> SearchPlan:
     """The search for a short length on an extended model: factors in [1, the largest tuned one].
 
-    Seeds are the tuned factors, scaled-down copies of them, and ones; the rows to beat are the untouched rotation and
-    the tuned factors. The attention factor is the tuned one's, which a refinement may learn anew.
+    Seeds are the tuned factors, scaled-down copies of them, and ones; the rows to beat are the untouched rotation, the
+    scaling of the model's own config, and the tuned factors. The attention factor is the tuned one's, which a refinement may learn anew.
 
     Parameters
     ----------
     tuned: what the model was tuned at; one list for all layers.
+    shipped: see ``searcher.plan.search_plan``; at the recovered length.
     """
     (lambdas,) = tuned.by_layer()
     space = SearchSpace(spec.pairs, GRID, max(GRID, math.ceil(round(max(lambdas) * GRID, 6))), _within(settings))
-    plain = Factors((1.0,) * spec.pairs)
-    seeds = {TUNED: tuned, "none": plain}
+    rows = {"none": Factors((1.0,) * spec.pairs), TUNED: tuned}
+    seeds = {TUNED: tuned, "none": rows["none"]}
+    if shipped is not None:
+        name, own = shipped
+        seeds[f"{SHIPPED}_{name}"] = rows[f"{SHIPPED}_{name}"] = own
     for power in SCALED_DOWN:
         row = tuple(max(value, 1.0) ** power for value in lambdas)
         seeds[f"{TUNED}^{power:g}"] = Factors(row, tuned.n_hat)
@@ -56,7 +62,7 @@ def recovery_plan(settings: SearchSettings, spec: RopeSpec, tuned: Factors, stag
         space=space,
         attention_factor=tuned.attention_factor,
         seeds=seeds,
-        baselines={"none": plain, TUNED: tuned},
+        baselines=rows,
         seed=settings.seed,
         finalists=settings.finalists,
         all_seeds_final=settings.all_seeds_final,
@@ -66,6 +72,16 @@ def recovery_plan(settings: SearchSettings, spec: RopeSpec, tuned: Factors, stag
         refinement=settings.refinement,
         racing=settings.racing,
     )
+
+
+def recovered(losses: Mapping[str, float]) -> str:
+    """The row that a recovered length is served by, from losses on the selection documents.
+
+    Only the tuned factors, what was searched, and the rotations that the model knew before; under the attention factors
+    that are their own. The tuned factors stay where nothing beats them.
+    """
+    others = [name for name in losses if name in ("searched", "none") or (name.startswith(SHIPPED) and "@" not in name)]
+    return min((TUNED, *others), key=losses.__getitem__)
 
 
 def _within(settings: SearchSettings) -> tuple[int, ...]:
@@ -89,7 +105,7 @@ def stage_plan(
     """
     stage = plan.stages[number]
     if stage.kind == RECOVER:
-        return recovery_plan(stage.search, spec, found[str(stage.factors)], number)
+        return recovery_plan(stage.search, spec, found[str(stage.factors)], number, shipped)
     settings = stage.search
     if stage.factors is not None:
         seeds = rescaled_seeds(found[stage.factors], plan.stage(stage.factors).length, stage.length)

@@ -16,13 +16,15 @@ import torch
 from report_reader import Page
 from safetensors.torch import load_file, save_file
 from test_kill_extension import PLAN, training_text
+from tiny_models import write_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from searcher.plan_file import parse_plan
+from searcher.second import TUNED
 from storage.factor_file import read
 from tests.conftest import Ended, Longrope
 from workers.apply import apply_factors
-from workers.model import ModelRequest, load_model
+from workers.model import NO_WINDOW, ModelRequest, load_model
 from workers.perplexity import negative_log_likelihood
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -128,6 +130,15 @@ def test_the_factor_file_is_of_the_tuned_model_and_holds_what_the_stages_found(e
     }
     for regime, stage in ((file.regimes[-2], 0), (file.regimes[-1], 2)):
         assert list(regime.factors.by_layer()[0]) == results[stage]["factors"]["searched"]["lambdas"]
+    losses = {
+        name: cell["nll"] / cell["tokens"]
+        for name, cell in results[3]["scores"]["selection"].items()
+        if name in ("none", TUNED, "searched")
+    }
+    best = min(losses, key=losses.__getitem__)
+    assert results[3]["served"] == best
+    assert list(file.regimes[0].factors.by_layer()[0]) == results[3]["factors"][best]["lambdas"]
+    assert file.provenance["numerics"] == results[0]["computed_by"]["numerics"]
 
 
 def test_the_loader_serves_the_table_on_the_tuned_model(extension: Extension) -> None:
@@ -257,6 +268,18 @@ def test_another_trainer_gets_what_it_needs_and_the_extension_goes_on_with_what_
     finished = longrope("resume", "far", storage, f"--checkpoint={made}")
     assert finished.status == 0, finished.err
     assert read(folder / "far-factors.json").model.name.endswith("-finetune-128")
+
+
+def test_another_trainer_is_told_of_the_attention_window_in_force(
+    text_folder: Path, longrope: Longrope, tmp_path: Path
+) -> None:
+    base = write_model(tmp_path / "mistral", "mistral", sliding_window=32)
+    ended = longrope(*command(tmp_path, OUTSIDE, base, text_folder), "--sliding-window=off")
+    assert ended.status == 0, ended.err
+    assert "waits for another trainer" in " ".join(ended.out.split())
+    patch = json.loads((tmp_path / "far" / "finetune-128" / "config-patch.json").read_text())
+    assert patch["sliding_window"] == NO_WINDOW
+    assert read(tmp_path / "far" / "finetune-128" / "factors.json").provenance["numerics"]["sliding_window"] is None
 
 
 def test_what_cannot_be_extended_is_refused_in_one_line(

@@ -19,7 +19,15 @@ from searcher.plan import SearchSettings
 from searcher.plan_file import built_in, parse_plan, read_plan
 from searcher.regimes import Place, costs, regimes, rows, serving
 from searcher.rope import Factors, RopeSpec, attention_factor
-from searcher.second import TUNED, attention_policy, recovery_plan, rescaled_seeds, stage_plan, tuning_factors
+from searcher.second import (
+    TUNED,
+    attention_policy,
+    recovered,
+    recovery_plan,
+    rescaled_seeds,
+    stage_plan,
+    tuning_factors,
+)
 from searcher.space import GRID
 from searcher.tuning import Tuning
 
@@ -186,6 +194,64 @@ def test_the_rows_are_the_papers() -> None:
     assert with_it[16384] is None
 
 
+def mixed(plan: ExtensionPlan) -> ExtensionPlan:
+    """The plan with a share of short text in its fine-tunings."""
+    stages = [
+        replace(stage, settings=replace(stage.tuning, mixed_window=0.5)) if stage.kind == FINETUNE else stage
+        for stage in plan.stages
+    ]
+    return replace(plan, stages=tuple(stages))
+
+
+@pytest.mark.parametrize("shipped", [None, Factors((1.5,) * SPEC.pairs, 0, 1.25)])
+def test_short_text_is_served_under_the_rotation_that_it_was_tuned_under(shipped: Factors | None) -> None:
+    """LongRoPE2's mixed windows: the config's own rotation up to L0, for whatever line was tuned so."""
+    plan, own = mixed(PLAN), shipped or Factors((1.0,) * SPEC.pairs)
+    source = "shipped" if shipped else "none"
+    searched = {name: factors for name, factors in FOUND.items() if not name.startswith("recover")}
+    places = regimes(plan, SPEC, searched, (), lambda _length: shipped)
+    assert [(place.longest, place.source) for place in places] == [
+        *((256, source), (2048, "search-2048"), (8192, "search-8192"))
+    ]
+    assert places[0].factors == own
+    # A recovery decides; where it lost, it lost to the tuned factors.
+    places = regimes(plan, SPEC, FOUND, ["recover-256"], lambda _length: shipped)
+    assert (places[0].longest, places[0].source) == (256, "recover-256")
+    places = regimes(plan, SPEC, FOUND, ["recover-512"], lambda _length: shipped)
+    assert [place.source for place in places] == ["search-2048", "recover-512", "search-2048", "search-8192"]
+    table = {
+        row.name: row.factors
+        for row in rows(plan, plan.stages[-1].evaluation, SPEC, FOUND, ["recover-256"], lambda _length: shipped)
+    }
+    for name in ("none, tuned", "yarn, tuned", "longrope, without recovery"):
+        assert table[name][128] == table[name][256] == own
+    assert table["yarn, tuned"][512] == yarn(SPEC, 8)
+    assert table["longrope"][256] == FOUND["recover-256"]
+
+
+def test_a_models_own_scaling_is_a_row_and_serves_what_was_not_searched() -> None:
+    def shipped_at(length: int) -> Factors | None:
+        return Factors((1 + length / 256,) * SPEC.pairs)
+
+    table = {
+        row.name: row.factors for row in rows(PLAN, PLAN.stages[-1].evaluation, SPEC, FOUND, ["recover-256"], shipped_at)
+    }
+    assert list(table)[8:10] == ["shipped", "longrope, not tuned"]
+    assert table["shipped"] == {length: shipped_at(length) for length in PLAN.stages[-1].evaluation.lengths}
+    assert table["longrope, not tuned"][128] == shipped_at(128)
+    assert table["longrope, not tuned"][512] == FOUND["search-1024"]
+    assert table["yarn, tuned"][256] == yarn(SPEC, 8)  # no short text in this plan's tunings
+
+
+def test_a_recovered_length_is_served_by_what_wins_on_the_selection_documents() -> None:
+    losses = {"none": 2.1, "tuned": 2.0, "searched": 1.9, "none@study": 1.0, "searched_n_hat_0": 1.5}
+    assert recovered(losses) == "searched"
+    assert recovered({**losses, "none": 1.8}) == "none"
+    assert recovered({**losses, "searched": 2.0}) == TUNED
+    assert recovered({**losses, "searched": math.inf}) == TUNED
+    assert recovered({**losses, "shipped_yarn": 1.7, "shipped_yarn@study": 1.0}) == "shipped_yarn"
+
+
 def test_seeds_of_a_second_search_are_the_tuned_factors_as_they_are_and_rescaled() -> None:
     tuned = Factors((1.0, 1.5, 4.0, 8.0), 4)
     seeds = rescaled_seeds(tuned, 2048, 8192)
@@ -217,6 +283,10 @@ def test_a_recovery_searches_between_one_and_the_largest_tuned_factor() -> None:
     assert plan.seeds[TUNED] == tuned
     assert plan.seeds["none"].lambdas == (1.0,) * SPEC.pairs
     assert plan.baselines == {"none": Factors((1.0,) * SPEC.pairs), TUNED: tuned}
+    own = Factors((1.5,) * SPEC.pairs, 0, 1.25)
+    scaled = recovery_plan(SearchSettings(128, n_hats=(0, 4, 256)), SPEC, tuned, 5, ("llama3", own))
+    assert scaled.baselines == {**plan.baselines, "shipped_llama3": own}
+    assert scaled.seeds == {**plan.seeds, "shipped_llama3": own}
     copies = [factors for name, factors in plan.seeds.items() if name.startswith("tuned^")]
     for larger, smaller in pairwise([tuned, *copies]):
         assert all(1 <= b <= a for a, b in zip(larger.lambdas, smaller.lambdas, strict=True))
