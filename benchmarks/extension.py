@@ -6,8 +6,8 @@ Runs ``longrope extend`` with the plan ``reference`` for each model and seed, or
 finished is only read. BOOKS has folders search and test, and train.tar.xz, which is unpacked into WORK. The books model
 answers neither retrieval task inside its own window (``longrope evaluate --model benchmarks/books_model --measure
 passkey,key_value --lengths 1x``), so its plan leaves them out; and as one novel is all its selection set, more windows
-of it are taken. Writes extension.md and extension.json: by model, method and length, perplexity on the test documents and what passkey and
-key-value retrieval got right, mean and range over the seeds, and the seconds of every stage.
+of it are taken. Writes extension.md and extension.json: by model, method and length, perplexity on the test documents
+and what passkey and key-value retrieval got right, mean and range over the seeds, and the seconds of every stage.
 """
 
 from __future__ import annotations

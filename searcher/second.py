@@ -40,7 +40,8 @@ def recovery_plan(
     """The search for a short length on an extended model: factors in [1, the largest tuned one].
 
     Seeds are the tuned factors, scaled-down copies of them, and ones; the rows to beat are the untouched rotation, the
-    scaling of the model's own config, and the tuned factors. The attention factor is the tuned one's, which a refinement may learn anew.
+    scaling of the model's own config, and the tuned factors. The attention factor is the tuned one's, which a
+    refinement may learn anew.
 
     Parameters
     ----------

@@ -38,8 +38,8 @@ class Tuning:
     lora_alpha: LoRA's scale is alpha / rank; None for 2 x rank.
     mixed_window: share of the micro-batches that are short text under the original RoPE (LongRoPE2, arXiv 2502.20082);
         0 for none.
-    short_text: what that is: ``documents`` of at most L0 tokens, as in LongRoPE2, or ``windows`` of L0 tokens out of all
-        documents, where the text has no short ones.
+    short_text: what that is: ``documents`` of at most L0 tokens, as in LongRoPE2, or ``windows`` of L0 tokens out of
+        all documents, where the text has no short ones.
     gradient_checkpointing: keep only the hidden states between layers, and compute the rest again on the way back.
     save_every, evaluate_every: steps between checkpoints and between held-out evaluations; both also after the last.
     seed: of the data order and of LoRA's first weights.

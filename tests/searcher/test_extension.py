@@ -233,11 +233,10 @@ def test_a_models_own_scaling_is_a_row_and_serves_what_was_not_searched() -> Non
     def shipped_at(length: int) -> Factors | None:
         return Factors((1 + length / 256,) * SPEC.pairs)
 
-    table = {
-        row.name: row.factors for row in rows(PLAN, PLAN.stages[-1].evaluation, SPEC, FOUND, ["recover-256"], shipped_at)
-    }
+    asked = PLAN.stages[-1].evaluation
+    table = {row.name: row.factors for row in rows(PLAN, asked, SPEC, FOUND, ["recover-256"], shipped_at)}
     assert list(table)[8:10] == ["shipped", "longrope, not tuned"]
-    assert table["shipped"] == {length: shipped_at(length) for length in PLAN.stages[-1].evaluation.lengths}
+    assert table["shipped"] == {length: shipped_at(length) for length in asked.lengths}
     assert table["longrope, not tuned"][128] == shipped_at(128)
     assert table["longrope, not tuned"][512] == FOUND["search-1024"]
     assert table["yarn, tuned"][256] == yarn(SPEC, 8)  # no short text in this plan's tunings

@@ -114,5 +114,5 @@ def test_short_documents_are_those_that_fit_whole() -> None:
     chosen = documents([6, 7, 8, 30])
     assert [len(document) for document in short_documents(chosen, 9, BOS, EOS)] == [6, 7]
     assert [len(document) for document in short_documents(chosen, 9, BOS, None)] == [6, 7, 8]
-    with pytest.raises(LongRopeError, match="at most 4 tokens.*short_text"):
+    with pytest.raises(LongRopeError, match=r"at most 4 tokens.*short_text"):
         short_documents(chosen, 4, BOS, EOS)
