@@ -192,6 +192,42 @@ def _check_factors(stage: Stage, seen: Mapping[str, Stage]) -> None:
         )
 
 
+def check_order(plan: ExtensionPlan) -> None:
+    """Refuse stages whose result nothing would use, or that compare with less than there is.
+
+    Raises
+    ------
+    LongRopeError
+        A recovery of another model than the last tuned one, not below the length it was tuned at, or from other factors
+        than it was tuned at; a comparison before the last fine-tuning.
+    """
+    last = plan.final_model()
+    for stage in plan.of_kind(RECOVER):
+        if stage.model == BASE or stage.model != last:
+            served = "is tuned" if last == BASE else f"that is {last}"
+            raise LongRopeError(
+                f"The recovery {stage.name} works on {stage.model}, but only the last tuned model is served, and "
+                f"{'none ' if last == BASE else ''}{served}; put it after the last fine-tuning."
+            )
+        tuned = plan.stage(last)
+        if stage.length >= tuned.length:
+            raise LongRopeError(
+                f"The recovery {stage.name} is of {stage.length} tokens, but a recovery is of a length below the "
+                f"{tuned.length} that {last} was tuned at; search at longer ones."
+            )
+        if stage.factors != tuned.factors:
+            raise LongRopeError(
+                f"The recovery {stage.name} starts from the factors of {stage.factors}, but {last} was tuned at those "
+                f"of {tuned.factors}; leave factors out."
+            )
+    for line in plan.lines()[1:]:
+        if len(plan.of_kind(FINETUNE, line)) < len(plan.of_kind(FINETUNE)):
+            raise LongRopeError(
+                f"The comparison with {line} repeats the fine-tunings before it, but {last} comes after it; put it "
+                "after the last fine-tuning."
+            )
+
+
 def _stage_from_json(data: Mapping[str, Any]) -> Stage:
     values = {f.name: data[f.name] for f in fields(Stage) if f.name in data}
     given = data["settings"]

@@ -93,7 +93,7 @@ class SearchSettings:
         if self.sampler is not None and self.refinement is not None and self.refinement.legs:
             raise LongRopeError(
                 "A sampler proposes from what it asked for itself, so with one a refinement comes at the end only; "
-                "set --refine-legs 0, and --refine-final-legs for the end."
+                "set its legs to 0 (--refine-legs 0), and final_legs (--refine-final-legs) for the end."
             )
 
     def to_json(self) -> dict[str, Any]:
@@ -169,7 +169,7 @@ def settled(
         if not refined.gradients and asked - {"legs", "final_legs"}:
             raise LongRopeError(
                 f"{', '.join(sorted(asked - {'legs', 'final_legs'}))} are of a refinement, and this search has none; "
-                "give --refine-legs, or with a sampler --refine-final-legs."
+                "give it legs (--refine-legs), or with a sampler final_legs (--refine-final-legs)."
             )
     if racing is False and caution is not None:
         raise LongRopeError("--racing-caution is of racing, which --no-racing leaves out; give one of them.")

@@ -9,6 +9,9 @@
     kind = "search"              # search, finetune, recover, evaluate, or compare
     length = "8x"                # tokens, 128k, 1M, or times the trained window
 
+A recovery takes what a search takes but for the attention factor and the critical pair; its ``upper_ratio`` bounds the
+factors by that share of the largest tuned one.
+
 A stage without ``model`` works on the last fine-tuning before it, a fine-tuning without ``factors`` holds those of the
 last search, and a search or recovery starts from what its model was tuned at. ``compare`` stands for the same
 fine-tunings again under other factors.
@@ -39,8 +42,9 @@ from searcher.extension import (
     Evaluation,
     ExtensionPlan,
     Stage,
+    check_order,
 )
-from searcher.plan import DEFAULT_PRESET, SearchSettings, parse_length, preset, settled
+from searcher.plan import DEFAULT_PRESET, SearchSettings, overridden, parse_length, preset, settled
 from searcher.rope import RopeSpec, attention_factor
 from searcher.space import N_HATS
 from searcher.study import PARTS, REFINE
@@ -56,6 +60,8 @@ SEARCH_KEYS = (
     *("preset", "seed", "attention_factor", "n_hats", "upper_ratio", "finalists", "sampler", "racing", "critical"),
     *("evolution", "refinement"),
 )
+# Its attention factor is the tuned one's, or learnt; its space has no critical pair.
+RECOVER_KEYS = tuple(key for key in SEARCH_KEYS if key not in ("attention_factor", "critical"))
 MAX_BYTES = 64 * 2**10
 MAX_LINE = 1000
 MAX_NAME = 80
@@ -131,7 +137,9 @@ def parse_plan(data: Mapping[str, Any], name: str, original_length: int, seed: i
     title = data.get("name", name)
     if not isinstance(title, str) or not title or not title.isprintable() or len(title) > MAX_NAME:
         raise LongRopeError(f"The name of a plan is a text of up to {MAX_NAME} characters, not {title!r}.")
-    return ExtensionPlan(title, tuple(stages))
+    plan = ExtensionPlan(title, tuple(stages))
+    check_order(plan)
+    return plan
 
 
 def _merged(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -176,12 +184,22 @@ def _stage(kind: str, table: dict[str, Any], before: list[Stage], original_lengt
             factors = searched[-1].name
         # As a rule in chunks of the length that the factors are for; the paper tuned Mistral in shorter ones.
         chunk = parse_length(str(table.pop(TOKENS)), original_length) if TOKENS in table else length
+        if chunk > length:
+            raise LongRopeError(
+                f"its chunks have at most as many tokens as its factors are for, {length}, not {chunk}; lower {TOKENS}."
+            )
         settings: SearchSettings | Tuning = Tuning.from_json({"length": chunk, **table})
     else:
         if factors is None and model != BASE:
             source = next((stage.factors for stage in before if stage.name == model), None)
             factors = source if any(stage.name == source for stage in searched) else None
         settings = _search(kind, table, length)
+        short = kind == RECOVER and length <= original_length
+        if short and settings.sampler is not None and settings.sampler.two_objectives:
+            raise LongRopeError(
+                f"{settings.sampler.name} weighs a long context against the trained window, which a recovery within it "
+                "does not have; take another sampler."
+            )
     counts = {key: _counts(own.get(key, {}), key) for key in ("documents", "windows")}
     return Stage(
         name,
@@ -208,7 +226,7 @@ def _counts(table: Any, key: str) -> dict[str, int]:
 
 
 def _search(kind: str, table: dict[str, Any], length: int) -> SearchSettings:
-    _known(table, SEARCH_KEYS, "it")
+    _known(table, RECOVER_KEYS if kind == RECOVER else SEARCH_KEYS, "it")
     racing = table.get("racing")
     if racing is not None and not isinstance(racing, bool):
         raise LongRopeError(f"racing is true or false, not {racing!r}.")
@@ -219,6 +237,10 @@ def _search(kind: str, table: dict[str, Any], length: int) -> SearchSettings:
     ratio = table.get("upper_ratio")
     if ratio is not None and (isinstance(ratio, bool) or not isinstance(ratio, int | float)):
         raise LongRopeError(f"upper_ratio is a number, not {ratio!r}.")
+    if kind == RECOVER and ratio is not None and not 0 < ratio <= 1:
+        raise LongRopeError(
+            f"upper_ratio of a recovery is a share of the largest tuned factor, in 0 .. 1, not {ratio}."
+        )
     n_hats = table.get("n_hats", list(N_HATS))
     if not isinstance(n_hats, list) or not n_hats:
         raise LongRopeError(f"n_hats is a list of whole numbers, such as [0, 4, 16], not {n_hats!r}.")
@@ -227,14 +249,18 @@ def _search(kind: str, table: dict[str, Any], length: int) -> SearchSettings:
     name, critical = str(table.get("preset", DEFAULT_PRESET)), table.get("critical")
     if critical is not None and critical != AUTO:
         _whole(critical, f"critical is {AUTO!r}, or", 0, MAX_SEED)
+    sampler = table.get("sampler")
+    refinement = _overrides(table.get("refinement", {}), Refinement(), "refinement")
     # A short length is served best under an attention factor of its own; the paper's algorithm has no gradient.
-    learns = True if kind == RECOVER and preset(name).refinement is not None else None
+    usual = preset(name).refinement if kind == RECOVER and sampler is None else None
+    if usual is not None and overridden(usual, refinement).gradients:
+        refinement = {"attention": True, **refinement}
     choices = sorted({*n_hats})
     return settled(
         name,
-        table.get("sampler"),
+        sampler,
         _overrides(table.get("evolution", {}), Evolution(), "evolution"),
-        {"attention": learns, **_overrides(table.get("refinement", {}), Refinement(), "refinement")},
+        refinement,
         racing,
         None,
         finalists,

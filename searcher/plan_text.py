@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from searcher.errors import LongRopeError
-from searcher.extension import EVALUATE, FINETUNE, MAIN, ExtensionPlan, Stage
+from searcher.extension import EVALUATE, FINETUNE, MAIN, RECOVER, ExtensionPlan, Stage
 from searcher.plan_file import COMPARE, TOKENS, parse_plan
 
 
@@ -45,12 +45,17 @@ def _table(stage: Stage) -> dict[str, Any]:
         settings = stage.tuning.to_json()
         return table | {"outside": stage.outside, TOKENS: settings.pop("length")} | settings
     search = stage.search
-    table |= {"preset": search.preset, "seed": search.seed, "attention_factor": search.attention}
+    table |= {"preset": search.preset, "seed": search.seed}
+    if stage.kind != RECOVER:
+        table |= {"attention_factor": search.attention, "critical": search.critical}
     table |= {"n_hats": list(search.n_hats), "upper_ratio": search.upper_ratio, "finalists": search.finalists}
-    table |= {"critical": search.critical, "racing": search.racing is not None}
+    table |= {"racing": search.racing is not None}
     table |= {"sampler": None if search.sampler is None else search.sampler.name}
     table |= {"evolution": asdict(search.evolution)}
-    return table | {"refinement": None if search.refinement is None else asdict(search.refinement)}
+    refinement = None if search.refinement is None else asdict(search.refinement)
+    if search.refinement is not None and not search.refinement.gradients:  # of which nothing else may be said
+        refinement = {"legs": 0, "final_legs": 0}
+    return table | {"refinement": refinement}
 
 
 def _lines(table: Mapping[str, Any]) -> str:

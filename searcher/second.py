@@ -37,11 +37,11 @@ def rescaled_seeds(factors: Factors, length: int, target: int) -> dict[str, tupl
 def recovery_plan(
     settings: SearchSettings, spec: RopeSpec, tuned: Factors, stage: int, shipped: tuple[str, Factors] | None = None
 ) -> SearchPlan:
-    """The search for a short length on an extended model: factors in [1, the largest tuned one].
+    """The search for a short length on an extended model: factors in [1, upper_ratio times the largest tuned one].
 
-    Seeds are the tuned factors, scaled-down copies of them, and ones; the rows to beat are the untouched rotation, the
-    scaling of the model's own config, and the tuned factors. The attention factor is the tuned one's, which a
-    refinement may learn anew.
+    The ratio is 1 where the settings have none. Seeds are the tuned factors, scaled-down copies of them, and ones; the
+    rows to beat are the untouched rotation, the scaling of the model's own config, and the tuned factors. The attention
+    factor is the tuned one's, which a refinement may learn anew.
 
     Parameters
     ----------
@@ -49,7 +49,9 @@ def recovery_plan(
     shipped: see ``searcher.plan.search_plan``; at the recovered length.
     """
     (lambdas,) = tuned.by_layer()
-    space = SearchSpace(spec.pairs, GRID, max(GRID, math.ceil(round(max(lambdas) * GRID, 6))), _within(settings))
+    ratio = 1.0 if settings.upper_ratio is None else settings.upper_ratio
+    upper = max(GRID, math.ceil(round(ratio * max(lambdas) * GRID, 6)))
+    space = SearchSpace(spec.pairs, GRID, upper, _within(settings))
     rows = {"none": Factors((1.0,) * spec.pairs), TUNED: tuned}
     seeds = {TUNED: tuned, "none": rows["none"]}
     if shipped is not None:

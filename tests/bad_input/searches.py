@@ -68,7 +68,7 @@ REFINEMENT = {
     "steps in words": usage(f"{LAUNCH} --refine-steps many", "--refine-steps"),
     "nothing that learns the attention factor": Bad(
         f"{LAUNCH} --learn-attention --refine-legs 0 --refine-final-legs 0",
-        "are of a refinement, and this search has none; give --refine-legs",
+        "are of a refinement, and this search has none; give it legs (--refine-legs)",
     ),
     "a start of the attention factor": Bad(f"{LAUNCH} --learn-attention --attention-factor=-1", "positive number"),
 }
@@ -79,10 +79,12 @@ SEARCHES = {
     ),
     "empty sampler": Bad(f"{LAUNCH} --sampler ''", "The sampler is one of random"),
     "a sampler that is refined first": Bad(
-        f"{LAUNCH} --sampler tpe --refine-legs 1", "set --refine-legs 0, and --refine-final-legs for the end"
+        f"{LAUNCH} --sampler tpe --refine-legs 1",
+        "set its legs to 0 (--refine-legs 0), and final_legs (--refine-final-legs) for the end",
     ),
     "a sampler that learns without an end": Bad(
-        f"{LAUNCH} --sampler tpe --learn-attention --refine-final-legs 0", "with a sampler --refine-final-legs"
+        f"{LAUNCH} --sampler tpe --learn-attention --refine-final-legs 0",
+        "with a sampler final_legs (--refine-final-legs)",
     ),
     "CMA-ES one by one": Bad(
         f"{LAUNCH} --sampler cmaes --mutants 1 --crosses 0", "The sampler cmaes needs at least 2 in batch, not 1"

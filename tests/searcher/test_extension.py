@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from searcher.baselines import BASELINES, pi, yarn
 from searcher.errors import LongRopeError
 from searcher.extension import BASE, FINETUNE, SEARCH, Evaluation, ExtensionPlan, Stage, check_lengths
-from searcher.plan import SearchSettings
+from searcher.plan import PRESETS, SearchSettings
 from searcher.plan_file import built_in, parse_plan, read_plan
 from searcher.regimes import Place, costs, regimes, rows, serving
 from searcher.rope import Factors, RopeSpec, attention_factor
@@ -310,6 +311,35 @@ def test_an_attention_factor_that_was_learnt_is_named_by_its_number() -> None:
     assert attention_policy(PLAN.stage("recover-256"), factors_of(2.0), SPEC) == "1.125"
 
 
+def test_a_smaller_bound_of_a_recovery_is_a_share_of_the_largest_tuned_factor() -> None:
+    tuned = factors_of(7.123)
+    half = recovery_plan(SearchSettings(128, upper_ratio=0.5), SPEC, tuned, 5)
+    assert (half.space.lower, half.space.upper) == (GRID, 357)
+    assert half.baselines[TUNED] == tuned
+    assert recovery_plan(SearchSettings(128, upper_ratio=1.0), SPEC, tuned, 5).space.upper == 713
+    assert recovery_plan(SearchSettings(128, upper_ratio=0.01), SPEC, tuned, 5).space.upper == GRID
+
+
+def recovery(**values: object) -> SearchSettings:
+    """The settings of a small plan's recovery."""
+    return parse_plan(changed(2, **values), "mine", 256).stages[2].search
+
+
+def test_a_recovery_learns_its_attention_factor_where_it_is_refined() -> None:
+    assert recovery().refinement == replace(PRESETS["refined"].refinement, attention=True)  # type: ignore[type-var]
+    chosen = recovery(refinement={"attention": False, "steps": 3}).refinement
+    assert chosen == replace(PRESETS["refined"].refinement, attention=False, steps=3)  # type: ignore[type-var]
+    assert recovery(preset="paper").refinement is None
+
+
+def test_a_recovery_may_have_a_sampler_or_no_refinement() -> None:
+    assert recovery(sampler="cmaes").refinement is None
+    assert recovery(sampler="nsga2", length="2x").sampler is not None
+    unrefined = recovery(refinement={"legs": 0, "final_legs": 0})
+    assert unrefined.refinement is not None
+    assert (unrefined.refinement.gradients, unrefined.refinement.attention) == (0, False)
+
+
 def changed(number: int, **values: object) -> dict[str, object]:
     """A small plan with one stage changed."""
     stages: list[dict[str, object]] = [
@@ -320,6 +350,28 @@ def changed(number: int, **values: object) -> dict[str, object]:
     ]
     stages[number] = {key: value for key, value in {**stages[number], **values}.items() if value is not None}
     return {"stages": stages}
+
+
+SEARCHED, SEARCHED_8X = ({"kind": "search", "length": length} for length in ("4x", "8x"))
+TUNED_4X, TUNED_8X = ({"kind": "finetune", "length": length, "steps": 30} for length in ("4x", "8x"))
+RECOVERED: dict[str, object] = {"kind": "recover", "length": "2x"}
+COMPARED: dict[str, object] = {"kind": "compare", "methods": ["pi"]}
+
+
+def in_order(*stages: Mapping[str, object]) -> dict[str, object]:
+    """A plan of these stages."""
+    return {"stages": list(stages)}
+
+
+@pytest.mark.parametrize(
+    "stages",
+    [
+        (SEARCHED, TUNED_4X, SEARCHED_8X, TUNED_8X, RECOVERED, COMPARED),
+        (SEARCHED, TUNED_4X, COMPARED, SEARCHED_8X, RECOVERED),
+    ],
+)
+def test_stages_in_an_order_that_serves_are_taken(stages: tuple[Mapping[str, object], ...]) -> None:
+    assert parse_plan(in_order(*stages), "mine", 256).final_model() != BASE
 
 
 @pytest.mark.parametrize(
@@ -335,6 +387,19 @@ def changed(number: int, **values: object) -> dict[str, object]:
         (changed(0, presets="quick"), "does not know 'presets'"),
         (changed(0, preset="best"), "one of refined, paper"),
         (changed(0, racing="yes"), "true or false"),
+        (changed(2, attention_factor="none"), "does not know 'attention_factor'"),
+        (changed(2, critical="auto"), "does not know 'critical'"),
+        (changed(2, upper_ratio=1.25), "a share of the largest tuned factor"),
+        (changed(2, upper_ratio=0), "a share of the largest tuned factor"),
+        (changed(2, sampler="nsga2"), "take another sampler"),
+        (changed(1, tokens="64x"), "at most as many tokens as its factors are for, 1024, not 16384"),
+        (in_order(SEARCHED, TUNED_4X, RECOVERED, SEARCHED_8X, TUNED_8X), "after the last fine-tuning"),
+        (in_order(SEARCHED, {**RECOVERED, "factors": "search-1024"}), "and none is tuned"),
+        (in_order(SEARCHED, TUNED_4X, {**RECOVERED, "model": "base", "factors": "search-1024"}), "works on base"),
+        (in_order(SEARCHED, TUNED_4X, SEARCHED_8X, {**RECOVERED, "length": "8x"}), "a length below the 1024"),
+        (in_order(SEARCHED, TUNED_4X, {**RECOVERED, "length": "4x"}), "a length below the 1024"),
+        (in_order(SEARCHED, SEARCHED_8X, TUNED_8X, {**RECOVERED, "factors": "search-1024"}), "leave factors out"),
+        (in_order(SEARCHED, TUNED_4X, COMPARED, SEARCHED_8X, TUNED_8X), "but finetune-2048 comes after it"),
         (changed(0, documents={"search": "5"}), "a number from 1 by part"),
         (changed(0, documents={"tset": 5}), "a number from 1 by part"),
         (changed(0, windows={"test": 0}), "a number from 1 by part"),

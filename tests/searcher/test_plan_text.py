@@ -37,16 +37,18 @@ def test_what_a_file_can_say_is_said() -> None:
         "stages": [
             {"kind": "search", "length": "8x", "preset": "paper", "seed": 3, "upper_ratio": 1.5, "n_hats": [0, 4]},
             {"kind": "finetune", "length": "8x", "tokens": 512, "steps": 3, "warmup": 1, "outside": True},
-            {"kind": "compare", "methods": ["pi", "yarn"]},
             {"kind": "search", "length": "16x", "name": "far", "preset": "quick", "sampler": "cmaes", "racing": True},
             {"kind": "finetune", "length": "16x", "steps": 3, "warmup": 0, "lora_rank": 4, "fsdp": {"a": [1, 2.5]}},
+            {"kind": "compare", "methods": ["pi", "yarn"]},
             {"kind": "recover", "length": "1x", "documents": {"search": 2}, "windows": {"test": 3}},
+            {"kind": "recover", "length": "2x", "upper_ratio": 0.5, "refinement": {"legs": 0, "final_legs": 0}},
+            {"kind": "recover", "length": "4x", "sampler": "cmaes"},
             {"kind": "evaluate", "lengths": [128, 2048], "baselines": ["none"]},
         ],
     }
     plan = parse_plan(data, "x", WINDOW)
     assert again(plan) == plan
-    assert [stage.line for stage in again(plan).stages].count("pi") == 1
+    assert [stage.line for stage in again(plan).stages].count("pi") == 2
 
 
 def test_what_no_file_can_say_has_no_text() -> None:
