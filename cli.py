@@ -41,9 +41,9 @@ def shown(error: Exception) -> str:
 
 def main() -> None:
     """Run the command; a user's mistake is one line on standard error and exit status 1."""
-    hide_password()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
+        hide_password()
         app()
     except LongRopeError as error:
         print(f"Error: {shown(error)}", file=sys.stderr)

@@ -11,21 +11,31 @@ from contextlib import suppress
 def hide_password() -> None:
     """Where the command line holds a database's password, become the same command without it.
 
-    The password goes on in PGPASSWORD. It was to be seen for as long as Python takes to start; who wants less than that
-    leaves it out of the address. Ray, too, keeps the command line of a driver.
+    The whole address goes on in the environment, where ``storage.database.parse`` finds it. It was to be seen for as
+    long as Python takes to start; who wants less than that leaves the password out. Ray, too, keeps the command line of
+    a driver.
+
+    Raises
+    ------
+    LongRopeError
+        It cannot be told what of an address is its password.
     """
     arguments = sys.argv[1:]
     if os.name != "posix" or sys.orig_argv[-len(arguments) :] != arguments:
         return  # called by another program, whose command line is its own
-    hidden, secret = _without_password(arguments)
-    if secret is not None and hidden != arguments:
-        os.environ["PGPASSWORD"] = secret
+    hidden, whole = _without_password(arguments)
+    if hidden != arguments:
+        from storage.database import WHOLE_ADDRESS
+
+        os.environ.pop(WHOLE_ADDRESS, None)
+        if whole is not None:
+            os.environ[WHOLE_ADDRESS] = whole
         os.execv(sys.executable, [*sys.orig_argv[: -len(arguments)], *hidden])
 
 
 def _without_password(arguments: Sequence[str]) -> tuple[list[str], str | None]:
-    """The arguments with the passwords of all ``--storage`` left out, and the last of them, which counts."""
-    hidden, secret = list(arguments), None
+    """The arguments without the passwords of all ``--storage``; the last one, which counts, whole if it has any."""
+    hidden, whole = list(arguments), None
     for place, argument in enumerate(arguments):
         option, equals, address = argument.partition("=")
         if place and arguments[place - 1] == "--storage":
@@ -34,12 +44,13 @@ def _without_password(arguments: Sequence[str]) -> tuple[list[str], str | None]:
             start = "--storage="
         else:
             continue
-        if "@" in address or "password" in address:  # else nothing heavy is imported
+        whole = None
+        if "@" in address or "?" in address:  # else nothing heavy is imported
             from sqlalchemy.exc import ArgumentError
 
-            from storage.database import password, without_password
+            from storage.database import without_password
 
             with suppress(ValueError, ArgumentError):  # what is no address is refused later, in words
-                secret = password(address)
-                hidden[place] = start + without_password(address) if secret else argument
-    return hidden, secret
+                left = without_password(address)
+                hidden[place], whole = start + left, address if left != address else None
+    return hidden, whole

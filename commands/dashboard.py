@@ -16,7 +16,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 import typer
 
-from commands.options import DEFAULT_STORAGE, STUDY_NAME, AsJson, Storage, open_console, plain, print_json
+from commands.options import DEFAULT_STORAGE, AsJson, Storage, open_console, print_json, stem
 from searcher.errors import LongRopeError
 
 if TYPE_CHECKING:
@@ -56,8 +56,7 @@ def dashboard(
     repository = Repository(storage, create=False)
     repository.study(study)  # before a file is made
     console = open_console(stderr=as_json)
-    name = study if STUDY_NAME.fullmatch(study) else plain(study)  # a store of other hands may hold any
-    with closing(Mirror(repository, study, mirror or Path(f"{name}-optuna.log"))) as kept:
+    with closing(Mirror(repository, study, mirror or Path(f"{stem(study)}-optuna.log"))) as kept:
         if not mirror_only:
             _serve(kept, study, host, port, every, console, as_json)
             return

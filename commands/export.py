@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from commands.options import DEFAULT_STORAGE, AsJson, Storage, open_console, print_json, write_text
+from commands.options import DEFAULT_STORAGE, AsJson, Storage, open_console, print_json, stem, write_text
 from searcher.errors import LongRopeError
 
 if TYPE_CHECKING:
@@ -63,29 +63,29 @@ def export(
             raise LongRopeError(f"--accept-loss is {', '.join(LOSSES[:-1])} or {LOSSES[-1]}, not {name!r}.")
     if short not in SHORT_CHOICES:
         raise LongRopeError(f"--short is {', '.join(SHORT_CHOICES[:-1])} or {SHORT_CHOICES[-1]}, not {short!r}.")
-    stem, file, found = _factors(source, method, storage)
+    name, file, found = _factors(source, method, storage)
     model = model or found
     longest = None if length is None else parse_length(length, file.model.original_length)
     losses, command = frozenset(accept_loss or ()), None
     notes: list[str] = []
     if to == "json":
-        target = out or Path(f"{stem}-factors.json")
+        target = out or Path(f"{name}-factors.json")
         write(target, file)
     elif to == "csv":
-        target = out or Path(f"{stem}-factors.csv")
+        target = out or Path(f"{name}-factors.csv")
         taken = take(file, CSV, losses, longest, short)
         write_text(target, to_csv(taken.long, file.model.layers if by_layer else None))
         notes = [*taken.notes, "The CSV holds no base, lengths or attention factor."]
     elif to == "gguf":
         from commands.gguf import export_gguf
 
-        target = out or Path(f"{stem}.gguf")
+        target = out or Path(f"{name}.gguf")
         taken = export_gguf(file, model, gguf, target, losses, longest, short)
         notes = list(taken.notes)
     else:
-        target = out or Path(f"{stem}-{to}" if form in folders and not is_config else f"{stem}-{to}.json")
+        target = out or Path(f"{name}-{to}" if form in folders and not is_config else f"{name}-{to}.json")
         if to == "transformers-config" and out is None:
-            target = Path(f"{stem}-config-patch.json")
+            target = Path(f"{name}-config-patch.json")
         notes, command = _config_form(form, is_config, file, model, target, (losses, longest, short))
     if as_json:
         print_json({"written": str(target), "form": to, "notes": notes} | ({"command": command} if command else {}))
@@ -117,9 +117,9 @@ def _factors(source: str, method: str, storage: str) -> tuple[str, FactorFile, s
         if method != "searched":
             raise LongRopeError("An extension has one factor file; --method is for a search.")
         model = str(Path(record.settings["out"]) / record.result["model"])
-        return source, from_json(record.result["factors"]), model
+        return stem(source), from_json(record.result["factors"]), model
     file = study_factor_file(source, record.settings, record.result, method)
-    return source if method == "searched" else f"{source}-{method}", file, record.settings["model"]["path"]
+    return stem(source) if method == "searched" else f"{stem(source)}-{method}", file, record.settings["model"]["path"]
 
 
 def model_of(file: FactorFile, model: str | None) -> tuple[Path, Mapping[str, Any]]:

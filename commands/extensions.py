@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from commands.extension_stages import Driver, stage_windows
+from commands.options import stem
 from commands.runs import identity_of
 from searcher.errors import LongRopeError
 from searcher.extension import (
@@ -82,7 +83,7 @@ class Extension:
 
     def folder(self, stage: str) -> Path:
         """Where a stage keeps its checkpoints and its model."""
-        return self.out / self.name / stage
+        return self.out / stem(self.name) / stage
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def extend(
         waiting = next((r for r in store.stages() if r.status != FINISHED), None)
         if checkpoint is not None and (waiting is None or not driver.stage(waiting).outside):
             raise LongRopeError(f"No stage of {extension.name} waits for a --checkpoint now; resume it without.")
-        path = extension.out / f"{extension.name}-factors.json"
+        path = extension.out / f"{stem(extension.name)}-factors.json"
         for record in store.stages():
             if record.status != FINISHED:
                 if driver.stage(record).kind == EVALUATE:  # which takes long, and changes nothing of it

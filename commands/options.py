@@ -103,6 +103,11 @@ def plain(name: str) -> str:
     return re.sub(r"[^\w.+=@-]+", "-", name).strip("-.+=@")[:30] or "model"
 
 
+def stem(study: str) -> str:
+    """What of a study's name is part of its files': all, but for names in stores of other hands, which may be any."""
+    return study if STUDY_NAME.fullmatch(study) else plain(study)
+
+
 def new_name(repository: Repository, study: str | None, base: str) -> str:
     """The name asked for, where it is free, or one made from ``base``."""
     taken = {summary.name for summary in repository.studies()}
@@ -146,12 +151,13 @@ def driver_store(storage: str, timeout: float, create: bool = True) -> Repositor
 
     What the command starts from here on, Ray's processes among it, finds no password in its environment.
     """
-    from storage.database import without_password
+    from storage.database import WHOLE_ADDRESS, without_password
     from storage.patience import Patience
     from storage.repository import Repository
 
     repository = Repository(storage, create, Patience(timeout, lambda text: print(text, file=sys.stderr, flush=True)))
-    os.environ.pop("PGPASSWORD", None)  # the repository has it
+    for secret in ("PGPASSWORD", WHOLE_ADDRESS):  # the repository has it
+        os.environ.pop(secret, None)
     if "LONGROPE_STORAGE" in os.environ:
         os.environ["LONGROPE_STORAGE"] = without_password(storage)
     return repository

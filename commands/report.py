@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from commands.options import DEFAULT_STORAGE, STUDY_NAME, AsJson, Storage, open_console, plain, print_json, write_text
+from commands.options import DEFAULT_STORAGE, AsJson, Storage, open_console, print_json, stem, write_text
 
 
 def report(
@@ -36,8 +36,7 @@ def report(
     repository = Repository(storage, create=False)
     how = again(repository.study(study))
     data = gather(repository, study, measured, how.commands, how.remarks, how.plan_file)
-    name = study if STUDY_NAME.fullmatch(study) else plain(study)
-    path = out or Path(f"{name}-report.html")
+    path = out or Path(f"{stem(study)}-report.html")
     page = render(data)
     write_text(path, page)
     if as_json:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from commands.options import stem
 from searcher.errors import LongRopeError
 from searcher.plan import SearchSettings, cut_seeds, search_plan
 from searcher.search import SearchPlan, run_search
@@ -120,7 +121,7 @@ def run(repository: Repository, run: Run, console: Console, is_new: bool, accept
             scale = run.model.target_length / scorer.info.spec.original_length
             title = f"{run.name}: {Path(run.model.path).name} to {run.model.target_length:,} tokens, {scale:g} times"
             result = search(plan, documents, scorer, store, console, title)
-            path = run.out / f"{run.name}-factors.json"
+            path = run.out / f"{stem(run.name)}-factors.json"
             # The file first: a study that is marked finished has left its file.
             write(path, study_factor_file(run.name, record.settings, result))
             store.finish(result)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from commands.options import DEFAULT_STORAGE, AsJson, Storage, open_console, print_json, with_text_keys
+from commands.options import DEFAULT_STORAGE, AsJson, Storage, open_console, print_json, stem, with_text_keys
 from searcher.errors import LongRopeError
 
 studies_app = typer.Typer(invoke_without_command=True)
@@ -130,7 +130,7 @@ def delete_study(
     if not yes:
         typer.confirm(f"Delete the study {study} and what it computed?", abort=True, err=as_json)
     repository.delete_study(study)
-    folder = Path(record.settings["out"]) / study if record.kind == "extension" else None
+    folder = Path(record.settings["out"]) / stem(study) if record.kind == "extension" else None
     if as_json:
         print_json({"deleted": study, "models": None if folder is None else str(folder)})
     elif folder is not None:

@@ -52,6 +52,8 @@ IDLE_SECONDS = 60
 # many connections, it undid the transaction for another's sake or since it was idle, it only reads after a failover.
 TRANSIENT = ("08", "57P", "53300", "40001", "40P01", "25P03", "25006")
 SECRETS = ("password", "secret", "conninfo", "dsn")  # in the names of a URL's parameters
+# The environment's variable for an address that the command line has without its secrets.
+WHOLE_ADDRESS = "LONGROPE_WHOLE_STORAGE"
 WRITES = "longrope_writes"  # execution option: this connection's transactions write
 
 _migrating = threading.Lock()  # Alembic's `op` and `context` are globals of its modules
@@ -66,7 +68,8 @@ def parse(url: str) -> URL:
         Not a database URL, an in-memory database, or a SQLite file in a folder that does not exist.
     """
     try:
-        parsed = make_url(url)
+        whole = os.environ.get(WHOLE_ADDRESS)
+        parsed = _address(whole if whole and without_password(whole) == url else url)
     except (ArgumentError, ValueError):
         raise LongRopeError(
             "Expected a database URL such as sqlite:///longrope.db or postgresql://user@host/database; this one "
@@ -87,26 +90,44 @@ def parse(url: str) -> URL:
     return parsed
 
 
+def _address(url: str) -> URL:
+    """An address in its parts.
+
+    Raises
+    ------
+    LongRopeError
+        An @ stands where it belongs to a password, so that the rest of that would pass for a host or a database.
+    """
+    parsed = make_url(url)
+    names = [item.partition("=")[0] for item in url.partition("@")[2].partition("?")[2].split("&")]
+    places = (parsed.host or "", parsed.database or "", *names)
+    if parsed.get_backend_name() != "sqlite" and any("@" in place for place in places):
+        raise LongRopeError(
+            "The address of the store has an @ after the one before its host; in a user's name, a password or a "
+            "database's name write @ as %40, / as %2F and ? as %3F."
+        )
+    return parsed
+
+
 def shown(url: URL) -> str:
     """The address for people: without the password, and without the query, which may hold another."""
     return url.set(query={}).render_as_string(hide_password=True)
 
 
 def without_password(url: str) -> str:
-    """An address that leads to the same database once the password comes another way; as it was where it has none."""
-    parsed = make_url(url)
+    """An address that leads to the same database once the password comes another way; as it was where it has none.
+
+    Raises
+    ------
+    LongRopeError
+        It cannot be told what of it is the password.
+    """
+    parsed = _address(url)
     query = {name: value for name, value in parsed.query.items() if not any(word in name for word in SECRETS)}
     if parsed.password is None and len(query) == len(parsed.query):
         return url
     bare = URL.create(parsed.drivername, parsed.username, None, parsed.host, parsed.port, parsed.database, query)
     return bare.render_as_string(hide_password=False)
-
-
-def password(url: str) -> str | None:
-    """The password in a PostgreSQL address."""
-    parsed = make_url(url)
-    stated = parsed.password if parsed.password is not None else parsed.query.get("password")
-    return str(stated) if stated and _is_postgresql(parsed) else None
 
 
 def connect(url: URL, create: bool = True) -> Engine:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import numpy as np
 from searcher.errors import LongRopeError
 from searcher.rope import Factors, FloatArray
 from storage.gguf_header import Header, read_floats, read_header
-from storage.imports import Stated
+from storage.imports import Stated, same_float32
 from storage.losses import ONE, Room, Taken
 
 LLAMA_CPP = Room("llama.cpp", short=True, attention=ONE)
@@ -31,6 +31,8 @@ ARCHITECTURES = (
 FAMILIES = {"granite": "granite", "llama": "llama", "mistral": "llama", "mixtral": "llama", "phi3": "phi3"}
 LONG, SHORT, SINGLE = "rope_factors_long.weight", "rope_factors_short.weight", "rope_freqs.weight"
 EXACT_LONG, EXACT_SHORT, EXACT_ATTENTION = "longrope.long_factor", "longrope.short_factor", "longrope.attention_factor"
+EXACT_THETA = "longrope.theta"
+COMPARED = 2**24  # bytes at a time
 
 
 def gguf_package() -> Any:
@@ -52,7 +54,7 @@ def patch_gguf(source: Path, out: Path, taken: Taken) -> None:
     """A copy of a GGUF file with the factors in it.
 
     Everything else is copied as it is; what the file scaled its RoPE by before is left out. The copy appears at ``out``
-    when it is complete.
+    when it is complete and was read back.
 
     Raises
     ------
@@ -63,8 +65,9 @@ def patch_gguf(source: Path, out: Path, taken: Taken) -> None:
     gguf, header = gguf_package(), read_header(source)
     _check(header, taken, source)
     with _replacing(out) as aside:
-        reader = gguf.GGUFReader(source)
+        reader = _reader(gguf, source)
         writer = gguf.GGUFWriter(aside, header.architecture, endianess=reader.endianess)
+        writer.data_alignment = reader.alignment  # the key alone, which is copied, does not say it to the writer
         replaced = {name for name, _, _, _ in factor_keys(header.architecture, taken)}
         scaling = f"{header.architecture}.rope.scaling."
         for field in reader.fields.values():
@@ -90,6 +93,7 @@ def patch_gguf(source: Path, out: Path, taken: Taken) -> None:
         for data in [*(tensor.data for tensor in kept), *lists.values()]:
             writer.write_tensor_data(data, tensor_endianess=reader.endianess)
         writer.close()
+        _check_copy(_reader(gguf, aside), kept, aside, taken)
 
 
 def add_factors(gguf: Any, writer: Any, architecture: str, taken: Taken) -> None:
@@ -116,6 +120,7 @@ def factor_keys(architecture: str, taken: Taken) -> list[tuple[str, Any, str, st
         (EXACT_LONG, list(long), "ARRAY", "FLOAT64"),
         (EXACT_SHORT, list(short), "ARRAY", "FLOAT64"),
         (EXACT_ATTENTION, taken.long.attention_factor, "FLOAT64", None),
+        (EXACT_THETA, taken.model.theta, "FLOAT64", None),
     ]
 
 
@@ -137,18 +142,19 @@ def read_gguf(path: Path) -> Stated:
         raise LongRopeError(f"{path} has {len(long)} long factors and {len(short)} short ones.")
     attention = header.own("rope.scaling.attn_factor")
     attention = float(attention) if isinstance(attention, int | float) else 1.0
-    exact = header.keys.get(EXACT_ATTENTION)
-    same = isinstance(exact, float) and np.float32(exact) == np.float32(attention)
+    theta = header.own("rope.freq_base")
+    base = _exact_number(header.keys.get(EXACT_THETA), float(theta)) if isinstance(theta, int | float) else None
     families = [name for name, architecture in FAMILIES.items() if architecture == header.architecture]
     return Stated(
         Factors(_exact(header, EXACT_LONG, long)),
         None if short is None else Factors(_exact(header, EXACT_SHORT, short)),
-        theta=_number(header.own("rope.freq_base")),
+        theta=base,
+        theta_is_float32=True,
         original_length=_whole(header.own("rope.scaling.original_context_length")),
         target_length=_whole(header.own("context_length")),
         family=families[0] if len(families) == 1 else None,
         layers=_whole(header.own("block_count")),
-        attention=float(exact) if same and isinstance(exact, float) else float(str(np.float32(attention))),
+        attention=_exact_number(header.keys.get(EXACT_ATTENTION), attention),
         short_attention=None,
     )
 
@@ -180,18 +186,53 @@ def _check(header: Header, taken: Taken, source: Path) -> None:
     rotated = _whole(header.own("rope.dimension_count")) or _whole(header.own("attention.key_length"))
     if rotated is None and heads and width:
         rotated = width // heads
-    theta = _number(header.own("rope.freq_base")) or 10000.0
+    theta = header.own("rope.freq_base")
+    base = float(theta) if isinstance(theta, int | float) and theta else 10000.0
     found = {
         "architecture": (architecture, FAMILIES.get(model.family, architecture)),
         "block_count": (_whole(header.own("block_count")), model.layers),
         "rope.dimension_count": (rotated, model.rotary_dim),
-        "rope.freq_base": (theta, float(np.float32(model.theta))),
+        "rope.freq_base": (model.theta if same_float32(base, model.theta) else _number(base), model.theta),
     }
     for name, (there, wanted) in found.items():
         if there != wanted:
             raise LongRopeError(
                 f"The factors are of {model.name}, with {name} {wanted}, but {source} has {there}; give that model's."
             )
+
+
+def _reader(gguf: Any, path: Path) -> Any:
+    try:
+        return gguf.GGUFReader(path)
+    except (ValueError, IndexError, KeyError, UnicodeDecodeError) as error:
+        raise LongRopeError(f"{path} cannot be read by the gguf package: {error}.") from error
+
+
+def _check_copy(copy: Any, kept: Sequence[Any], path: Path, taken: Taken) -> None:
+    """Read back what was written, by the package's reader and by our own, whose ways to the data differ."""
+    there = {tensor.name: tensor for tensor in copy.tensors}
+    whole = there.keys() == {*(tensor.name for tensor in kept), LONG, SHORT} and all(
+        there[tensor.name].tensor_type == tensor.tensor_type and _same_bytes(there[tensor.name].data, tensor.data)
+        for tensor in kept
+    )
+    header = read_header(path)
+    for name, values in _tensors(taken).items():
+        found = read_floats(path, header, name)
+        whole = whole and found is not None and np.array_equal(found, values)
+        whole = whole and np.array_equal(there[name].data, values)
+    if not whole:
+        raise LongRopeError("The copy does not read back as what was written, so it was not kept; this is a bug.")
+
+
+def _same_bytes(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> bool:
+    """Whether two arrays in files are alike, a piece at a time: a tensor may be larger than the memory."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    first, second = (np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in (one, other))
+    return all(
+        np.array_equal(first[start : start + COMPARED], second[start : start + COMPARED])
+        for start in range(0, len(first), COMPARED)
+    )
 
 
 def _tensors(taken: Taken) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
@@ -209,6 +250,11 @@ def _exact(header: Header, key: str, values: FloatArray) -> tuple[float, ...]:
     ):
         return own
     return tuple(float(str(np.float32(value))) for value in values)
+
+
+def _exact_number(exact: object, value: float) -> float:
+    """Our own number where its float32 is what stands there; else the shortest decimals of that."""
+    return exact if isinstance(exact, float) and same_float32(exact, value) else float(str(np.float32(value)))
 
 
 def _number(value: object) -> float | None:

@@ -23,6 +23,7 @@ STRING, ARRAY, BOOL = 8, 9, 7
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", BOOL: "?", 10: "Q", 11: "q", 12: "d"}
 MAX_KEYS, MAX_TENSORS, MAX_STRING, MAX_LIST = 2**16, 2**20, 2**24, 2**16
 MAX_KEPT = 2**26
+MAX_TEXTS = 2**22  # of all lists together; the largest vocabularies and their merges are a fifth of that
 FLOATS = {0: "<f4", 1: "<f2"}  # tensor types whose values are read here
 
 Value = int | float | bool | str | tuple[float, ...]
@@ -72,7 +73,7 @@ class _Reader:
 
     def __init__(self, handle: BinaryIO, size: int) -> None:
         self.handle, self.size = handle, size
-        self.kept = 0
+        self.kept = self.texts = 0
 
     def keep(self, count: int) -> None:
         """Count what goes into memory: the file's size is no bound, for it may be sparse, or all header."""
@@ -115,6 +116,9 @@ class _Reader:
         inner, count = int(self.scalar("I")), int(self.scalar("Q"))
         if inner == STRING:
             self.fits(8 * count)
+            self.texts += count
+            if self.texts > MAX_TEXTS:  # a sparse file has room for any number of empty ones
+                raise Fault(f"its lists hold {self.texts} texts, more than the {MAX_TEXTS} that any model has")
             for _ in range(count):
                 length = self.count("Q", MAX_STRING, "bytes of text")
                 self.fits(length)

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from searcher.errors import LongRopeError
 from searcher.rope import ATTENTION_POLICIES, Factors, attention_factor
 from storage.checks import Fault, items, mapping, number, whole
@@ -28,6 +30,7 @@ class Stated:
     theta, original_length, target_length: of the model and the extension, in tokens.
     family, layers, rotary_dim: of the model.
     attention, short_attention: attention factors; None where the program derives them.
+    theta_is_float32: whether the form rounds theta to that, so that it is any number which rounds to the same.
     """
 
     long: Factors
@@ -39,6 +42,13 @@ class Stated:
     layers: int | None = None
     attention: float | None = None
     short_attention: float | None = None
+    theta_is_float32: bool = False
+
+
+def same_float32(one: float, other: float) -> bool:
+    """Whether two numbers are one in float32."""
+    with np.errstate(over="ignore"):
+        return bool(np.float32(one) == np.float32(other))
 
 
 def read_config_form(document: object, where: str) -> Stated:
@@ -86,6 +96,8 @@ def complete(stated: Stated, given: Mapping[str, Any]) -> tuple[ModelIdentity, S
         "rotary_dim": 2 * pairs,
     }
     known = {key: value for key, value in given.items() if value is not None}
+    if stated.theta_is_float32 and stated.theta and "theta" in known and same_float32(known["theta"], stated.theta):
+        told["theta"] = None  # what is given says it better
     for key, value in told.items():
         if value is not None and known.setdefault(key, value) != value and key != "target_length":
             raise LongRopeError(f"The file has {key} {value}, but {known[key]} is given or is the model's.")

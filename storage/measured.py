@@ -14,6 +14,7 @@ from storage.report import RETRIEVAL
 
 T = TypeVar("T")
 ByLength = dict[str, dict[int, T]]  # method -> length -> what was found there
+MOST = 1e300  # perplexity, so that the ends of its axis are numbers, too
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def _parse(document: object, source: str) -> Measured:
     found = Measured(source)
     for method, length, value, where in _cells(top.get("perplexity", {}), "perplexity"):
         if value is not None:
-            found.perplexity.setdefault(method, {})[length] = number(value, where)
+            found.perplexity.setdefault(method, {})[length] = _drawable(value, where)
     rows = top.get("sliding", [])
     for place, given in enumerate(rows if isinstance(rows, list) else [rows]):
         _window_row(mapping(given, f"sliding[{place}]"), f"sliding[{place}]", found)
@@ -137,7 +138,7 @@ def _window_row(row: Mapping[str, object], where: str, found: Measured) -> None:
         tally = row.get(name)
         value = None if tally is None else mapping(tally, inside(where, name)).get("perplexity")
         if value is not None:
-            table().setdefault(method, {}).setdefault(length, number(value, inside(where, name)))
+            table().setdefault(method, {}).setdefault(length, _drawable(value, inside(where, name)))
     given = row.get("positions", [])
     if not isinstance(given, list):
         raise expected(inside(where, "positions"), "a list", given)
@@ -173,7 +174,15 @@ def _depths(rows: object, where: str = "by_depth") -> list[Trials]:
     return sorted(found, key=lambda trials: trials.depth)
 
 
+def _drawable(value: object, where: str) -> float:
+    """A perplexity that an axis can reach around."""
+    found = number(value, where)
+    if found > MOST:
+        raise expected(where, f"a perplexity of at most {MOST:g}", value)
+    return found
+
+
 def _perplexity(nll: float | None, tokens: int) -> float | None:
-    if nll is None or not tokens or nll / tokens > 700:
+    if nll is None or not tokens or nll / tokens > math.log(MOST):
         return None
     return math.exp(nll / tokens)

@@ -20,7 +20,7 @@ from postgres_server import PASSWORD, Server
 
 from commands.command_line import _without_password
 from searcher.errors import LongRopeError
-from storage.database import parse, password, without_password
+from storage.database import WHOLE_ADDRESS, parse, without_password
 from storage.repository import Repository
 
 if TYPE_CHECKING:
@@ -44,23 +44,53 @@ def url(postgres: Server) -> str:
 
 class TestAddresses:
     @pytest.mark.parametrize(
-        ("url", "left", "secret"),
+        ("url", "left"),
         [
-            ("postgresql://u:hunter2@h/d", "postgresql://u@h/d", "hunter2"),
-            (
-                "postgresql+psycopg://u:h%40%2F@h:5/d?sslmode=require",
-                "postgresql+psycopg://u@h:5/d?sslmode=require",
-                "h@/",
-            ),
-            ("postgresql:///d?host=h&password=hunter2", "postgresql:///d?host=h", "hunter2"),
-            ("postgresql://u@h/d?sslpassword=hunter2", "postgresql://u@h/d", None),
-            ("postgresql://u@h/d", "postgresql://u@h/d", None),
-            ("sqlite:////data/a@b.db?timeout=5", "sqlite:////data/a@b.db?timeout=5", None),
+            ("postgresql://u:hunter2@h/d", "postgresql://u@h/d"),
+            ("postgresql+psycopg://u:h%40%2F@h:5/d?sslmode=require", "postgresql+psycopg://u@h:5/d?sslmode=require"),
+            ("postgresql:///d?host=h&password=hunter2", "postgresql:///d?host=h"),
+            ("postgresql://u@h/d?sslpassword=hunter2", "postgresql://u@h/d"),
+            ("postgresql://u:hunter2@h/d?sslpassword=p%40@ss&sslmode=require", "postgresql://u@h/d?sslmode=require"),
+            ("mysql+pymysql://u:hunter2@h/d", "mysql+pymysql://u@h/d"),
+            ("postgresql://u@h/d", "postgresql://u@h/d"),
+            ("sqlite:////data/a@b.db?timeout=5", "sqlite:////data/a@b.db?timeout=5"),
         ],
     )
-    def test_what_is_left(self, url: str, left: str, secret: str | None) -> None:
+    def test_what_is_left_and_what_comes_back(self, url: str, left: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The address that a command line keeps leads, with what its environment keeps, to all that was there."""
         assert without_password(url) == left
-        assert password(url) == secret
+        hidden, whole = _without_password(["studies", "--storage", url])
+        assert hidden == ["studies", "--storage", left]
+        assert whole == (None if left == url else url)
+        monkeypatch.delenv("PGPASSWORD", raising=False)
+        if "data" not in url:
+            found = parse(url)
+            monkeypatch.setenv(WHOLE_ADDRESS, url)
+            assert parse(left) == found
+            assert parse("postgresql://other@h/d").username == "other"
+
+    @pytest.mark.parametrize(
+        "url",
+        [
+            "postgresql://u:hunter2@secret@host/d",
+            "postgresql://u:p@hunter2/secret@host/d",
+            "postgresql://u:p@hunter2?secret@host/d",
+            "postgresql://u:p@hunter2?secret@host/d?sslmode=require",
+            "postgresql://u:hunter2@secret@h1,h2:5432/d",
+            "mysql+pymysql://u:hunter2@secret@host/d",
+        ],
+    )
+    def test_an_at_sign_that_is_not_escaped(self, url: str, longrope: Longrope) -> None:
+        """A part of the password would pass for the host, and be printed as that."""
+        for refuse in (parse, without_password, lambda it: _without_password(["launch", f"--storage={it}"])):
+            with pytest.raises(LongRopeError, match="write @ as %40") as info:
+                refuse(url)
+            assert not re.search("hunter2|secret", str(info.value))
+        for given, environment in (([f"--storage={url}"], {}), ([], {"LONGROPE_STORAGE": url})):
+            ended = longrope("studies", *given, **environment)
+            assert (ended.status, ended.err.count("\n")) == (1, 1)
+            assert ended.err.startswith("Error: The address of the store has an @ after")
+            assert not re.search("hunter2|secret", ended.out + ended.err)
 
     def test_pgpassword_is_taken_as_libpq_takes_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("PGPASSWORD", "from the environment")
@@ -76,13 +106,22 @@ class TestAddresses:
             (
                 ["resume", "s", "--storage", "postgresql://u:p@h/d"],
                 ["resume", "s", "--storage", "postgresql://u@h/d"],
-                "p",
+                "postgresql://u:p@h/d",
             ),
-            (["resume", "--storage=postgresql://u:p@h/d", "s"], ["resume", "--storage=postgresql://u@h/d", "s"], "p"),
+            (
+                ["resume", "--storage=postgresql://u:p@h/d", "s"],
+                ["resume", "--storage=postgresql://u@h/d", "s"],
+                "postgresql://u:p@h/d",
+            ),
+            (
+                ["studies", "--storage=postgresql://u:p@h/d", "--storage=postgresql://u@h/d"],
+                ["studies", "--storage=postgresql://u@h/d", "--storage=postgresql://u@h/d"],
+                None,
+            ),
             (
                 ["studies", "--storage=postgresql://u:p@h/d", "--storage=postgresql://u:q@h/d"],
                 ["studies", "--storage=postgresql://u@h/d", "--storage=postgresql://u@h/d"],
-                "q",
+                "postgresql://u:q@h/d",
             ),
             (["launch", "--data", "postgresql://u:p@h/d"], ["launch", "--data", "postgresql://u:p@h/d"], None),
             (["launch", "--storage=postgres:u@:x//["], ["launch", "--storage=postgres:u@:x//["], None),
@@ -214,7 +253,11 @@ def test_processes_do_not_show_it(driver: subprocess.Popen[str]) -> None:
     assert [path for path in logs if leaks(path.read_bytes().decode(errors="replace"))] == []
 
 
-def test_the_title_loses_it(url: str, tmp_path: Path, process_environment: dict[str, str]) -> None:
+@pytest.mark.parametrize("where", ["before the host", "among the parameters"])
+def test_the_title_loses_it(url: str, tmp_path: Path, process_environment: dict[str, str], where: str) -> None:
+    if where == "among the parameters":
+        url = f"{without_password(url)}&password={quote(PASSWORD, safe='')}&sslpassword=hunter2"
+    shown = f"postgres{':***' if where == 'before the host' else ''}@/"
     started = subprocess.Popen(
         [*COMMAND, "studies", "--storage", url],
         cwd=tmp_path,
@@ -230,6 +273,6 @@ def test_the_title_loses_it(url: str, tmp_path: Path, process_environment: dict[
         time.sleep(0.005)
     out, err = started.communicate()
     assert started.returncode == 1
-    assert "There is no store at postgresql+psycopg://postgres:***@/" in err, "it had the password nevertheless"
+    assert f"There is no store at postgresql+psycopg://{shown}" in err, "it had the password nevertheless"
     assert "--storage postgresql://postgres@/" in title
     assert leaks(title + out + err) == set()

@@ -209,6 +209,18 @@ class TestEvaluationFiles:
                 {"model": "m", "lengths": [], "perplexity": {"pi": {"8": -1.0}}},
                 "perplexity.pi.8: expected a finite number",
             ),
+            (
+                {"model": "m", "lengths": [], "perplexity": {"pi": {"8": 1.75e308}}},
+                "perplexity.pi.8: expected a perplexity of at most 1e+300, found 1.75e+308",
+            ),
+            (
+                {
+                    "model": "m",
+                    "lengths": [],
+                    "sliding": [{"method": "pi", "length": 8, "attention": "own", "sliding": {"perplexity": 1.1e300}}],
+                },
+                "sliding[0].sliding: expected a perplexity of at most 1e+300",
+            ),
             ('{"model": "m", "lengths": [], "perplexity": {"pi": {"8": NaN}}}', "perplexity.pi.8: expected a finite"),
             (
                 {"model": "m", "lengths": [], "perplexity": {"pi": {"9" * 400: 1.0}}},

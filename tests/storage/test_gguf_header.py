@@ -68,6 +68,20 @@ def test_what_is_no_gguf_file(tmp_path: Path, data: bytes, message: str) -> None
     tracemalloc.stop()
 
 
+@pytest.mark.parametrize("lists", [(2**22 + 1,), (2**4, 2**22)])
+def test_empty_texts_in_a_sparse_file_are_refused_before_they_are_counted(
+    tmp_path: Path, lists: tuple[int, ...]
+) -> None:
+    path, keys = tmp_path / "x.gguf", b""
+    for name, count in zip("xy", lists, strict=False):
+        keys += text(name) + struct.pack("<IIQ", 9, 8, count) + bytes(8 * count if count < 2**22 else 0)
+    with path.open("wb") as file:
+        file.write(header(keys, len(lists)))
+        file.truncate(8 * 2**22 + 2**20)
+    with pytest.raises(LongRopeError, match=f"its lists hold {sum(lists)} texts, more than the 4194304"):
+        read_header(path)
+
+
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(LongRopeError, match="cannot be read: No such file"):
         read_gguf(tmp_path / "x.gguf")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import struct
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -93,6 +94,8 @@ def there_and_back(form: str, file: FactorFile) -> FactorFile:
 
 def tiny_gguf(path: Path, architecture: str = "llama", **changes: Any) -> Path:
     writer = gguf.GGUFWriter(path, architecture)
+    if "alignment" in changes:
+        writer.add_custom_alignment(changes["alignment"])
     writer.add_block_count(changes.get("layers", LAYER_COUNT))
     writer.add_context_length(ORIGINAL)
     writer.add_embedding_length(16)
@@ -104,6 +107,7 @@ def tiny_gguf(path: Path, architecture: str = "llama", **changes: Any) -> Path:
     writer.add_array("some.numbers", [1, 2, 3])
     writer.add_tensor("rope_freqs.weight", np.ones(PAIRS, np.float32))
     writer.add_tensor("token_embd.weight", np.arange(64, dtype=np.float16).reshape(4, 16))
+    writer.add_tensor("output_norm.weight", np.arange(5, dtype=np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -256,13 +260,62 @@ def test_a_gguf_file_keeps_the_rest(tmp_path: Path) -> None:
     assert contents["llama.context_length"] == 8 * ORIGINAL
     assert "llama.rope.scaling.factor" not in contents  # would slow every position down again
     tensors = {tensor.name: tensor.data for tensor in reader.tensors}
-    assert {*tensors} == {"token_embd.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
+    kept = {"token_embd.weight", "output_norm.weight"}
+    assert {*tensors} == {*kept, "rope_factors_long.weight", "rope_factors_short.weight"}
     assert np.array_equal(tensors["token_embd.weight"], np.arange(64, dtype=np.float16).reshape(4, 16))
     assert np.array_equal(tensors[LONG], np.float32(HIGH.by_layer()[0]))
     again = tmp_path / "again.gguf"
     patch_gguf(tmp_path / "out.gguf", again, taken)
     assert again.read_bytes() == (tmp_path / "out.gguf").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again.gguf", "in.gguf", "out.gguf"]
+
+
+@pytest.mark.parametrize("alignment", [8, 64, 256])
+def test_a_gguf_file_keeps_its_alignment(tmp_path: Path, alignment: int) -> None:
+    taken = take(single(HIGH), LLAMA_CPP)
+    patch_gguf(tiny_gguf(tmp_path / "in.gguf", alignment=alignment), tmp_path / "out.gguf", taken)
+    reader = gguf.GGUFReader(tmp_path / "out.gguf")
+    assert reader.alignment == alignment
+    assert [tensor.data_offset % alignment for tensor in reader.tensors] == [0] * 4
+    tensors = {tensor.name: tensor.data for tensor in reader.tensors}
+    assert np.array_equal(tensors["token_embd.weight"], np.arange(64, dtype=np.float16).reshape(4, 16))
+    assert np.array_equal(tensors["output_norm.weight"], np.arange(5, dtype=np.float32))
+    assert np.array_equal(tensors[LONG], np.float32(HIGH.by_layer()[0]))
+    assert read_gguf(tmp_path / "out.gguf").long == Factors(HIGH.lambdas)
+
+
+def test_a_copy_that_does_not_read_back_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, write = tiny_gguf(tmp_path / "in.gguf"), gguf.GGUFWriter.write_tensor_data
+
+    def spoilt(writer: Any, tensor: Any, **how: Any) -> None:
+        write(writer, tensor + np.asarray(tensor.shape == (5,), tensor.dtype), **how)
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", spoilt)
+    with pytest.raises(LongRopeError, match="does not read back"):
+        patch_gguf(source, tmp_path / "out.gguf", take(single(HIGH), LLAMA_CPP))
+    assert [path.name for path in tmp_path.iterdir()] == ["in.gguf"]
+
+
+@pytest.mark.parametrize("theta", [3580165449.0, 283461213.0, 10000.1, 500000.0])
+def test_a_base_that_float32_rounds(tmp_path: Path, theta: float) -> None:
+    model = replace(MODEL, theta=theta)
+    source, out = tiny_gguf(tmp_path / "in.gguf", theta=theta), tmp_path / "out.gguf"
+    patch_gguf(source, out, take(replace(single(HIGH), model=model), LLAMA_CPP))
+    given = {"layers": LAYER_COUNT, "original_length": ORIGINAL, "target_length": 8 * ORIGINAL}
+    assert imported_file(read_gguf(out), given).model.theta == theta
+    plain = replace(read_gguf(out), theta=float(str(np.float32(theta))))  # as another program's file states it
+    assert imported_file(plain, {**given, "theta": theta}).model.theta == theta
+    with pytest.raises(LongRopeError, match=r"has theta .*, but .* is given"):
+        imported_file(plain, {**given, "theta": theta * 1.001})
+
+
+def test_a_base_that_another_program_changed_is_that(tmp_path: Path) -> None:
+    source, out = tiny_gguf(tmp_path / "in.gguf"), tmp_path / "out.gguf"
+    patch_gguf(source, out, take(single(HIGH), LLAMA_CPP))
+    data, there = out.read_bytes(), struct.pack("<f", 10000.0)
+    assert data.count(there) == 1
+    out.write_bytes(data.replace(there, struct.pack("<f", 5e5)))
+    assert read_gguf(out).theta == 5e5
 
 
 def test_factors_of_others_in_gguf_come_as_the_shortest_decimals(tmp_path: Path) -> None:
