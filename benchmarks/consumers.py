@@ -47,6 +47,7 @@ from workers.reference import MODEL_DIR, held_out_documents  # noqa: E402
 
 ORIGINAL, TARGET = 256, 2048
 LENGTHS = (200, 256, 257, 2000)
+STARTS = (256, 512, 1024, 2047)  # that a user may start a program for, below the target
 RUN, CODE = "runs the model", "its own config reader and rotation run"
 READER = "its own config reader run, and the rotation by the formula"
 FORMS_CHECKED = "transformers transformers4 vllm sglang gguf mlx exllamav2 exllamav3 onnx-genai csv"
@@ -227,6 +228,7 @@ def run_rotation(name: str, consumers: Path, folder: Path, model: ModelIdentity)
                 original=ORIGINAL,
                 switches=switches,
                 target=TARGET,
+                starts=STARTS,
             )
         apart = {n: float(np.abs(answer[str(n)] - rotated(file, model, n)).max()) for n in LENGTHS}
         untouched = max(float(np.abs(rotated(None, model, n) - rotated(file, model, n)).max()) for n in LENGTHS)
@@ -234,6 +236,8 @@ def run_rotation(name: str, consumers: Path, folder: Path, model: ModelIdentity)
         if name == "sglang" and switches:
             places.remove(ORIGINAL + 1)
             remark = f"at {ORIGINAL + 1} tokens, where it takes the last for the first: {apart[ORIGINAL + 1]:.2g}"
+        if name == "exllamav2":
+            remark = started_for_less(model, answer)
         rows.append(
             Row(
                 FORMS[name].reads,
@@ -247,6 +251,19 @@ def run_rotation(name: str, consumers: Path, folder: Path, model: ModelIdentity)
             )
         )
     return rows
+
+
+def started_for_less(model: ModelIdentity, answer: dict[str, Any]) -> str:
+    """The attention factors of a program that takes them from the length it is started for, all of them as expected."""
+    found = []
+    for start in STARTS:
+        expected = attention_factor("su", model.spec, start / ORIGINAL)
+        if abs(float(answer[f"factor-{start}"]) - expected) > 1e-6:
+            raise RuntimeError(
+                f"started for {start} its attention factor is {answer[f'factor-{start}']}, not {expected}"
+            )
+        found.append(f"{expected:.4f} for {start}")
+    return f"started for less than the target its attention factor is another: {', '.join(found)}"
 
 
 def run_csv(model: ModelIdentity) -> list[Row]:

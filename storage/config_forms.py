@@ -111,7 +111,6 @@ FORMS: dict[str, ConfigForm] = {
         ("gemma2", "granite", "llama", "mistral", "mixtral", "phi3", "qwen2", "qwen3"),
         place=SCALING,
         attention=DERIVED_ARE_WRITTEN,
-        remarks=("exllamav2 takes short or long once, by max_seq_len; up to the original length, attention factor 1.",),
     ),
     "exllamav3": ConfigForm(
         "exllamav3 1.6.5",
@@ -232,6 +231,13 @@ def form_notes(name: str, taken: Taken) -> list[str]:
     if name == "sglang" and taken.switches:
         notes.append(
             f"SGLang 0.5.23 rotates position {taken.model.original_length} as position 0 in a batch that ends there."
+        )
+    if name == "exllamav2" and taken.scale > 1:
+        model, factor = taken.model, taken.long.attention_factor
+        notes.append(
+            "exllamav2 takes short or long once, by max_seq_len, and works the attention factor out from that, too: "
+            f"{factor:.6g} only with max_seq_len = {taken.target_length}, which is the default here; less at "
+            f"every length between, and 1 up to {model.original_length}."
         )
     return notes + list(form.remarks)
 

@@ -30,4 +30,8 @@ for length, rows in request["queries"].items():
     first, second = torch.tensor(rows, dtype=torch.float64).chunk(2, dim=-1)
     cos, sin = angle.cos() * factor, angle.sin() * factor
     answer[length] = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).numpy()
+for length in request["starts"]:  # what a user may start it for instead
+    config = ExLlamaV2Config(request["model"])
+    config.max_seq_len = length
+    answer[f"factor-{length}"] = np.float64(get_rope_params("cpu", config, config.rotary_embedding_base)[1])
 np.savez(sys.argv[1], **answer)

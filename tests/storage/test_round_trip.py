@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from searcher.errors import LongRopeError
 from searcher.rope import Factors, attention_factor
-from storage.config_forms import FORMS, config_patch, form_room
+from storage.config_forms import FORMS, config_patch, form_notes, form_room
 from storage.factor_csv import CSV, from_csv, to_csv
 from storage.factor_file import FactorFile, ModelIdentity, Regime, from_json, to_json
 from storage.gguf_file import LLAMA_CPP, LONG, patch_gguf, read_gguf
@@ -246,6 +246,17 @@ def test_an_override_for_sglang_that_never_switches_says_nothing_of_the_window()
         LongRopeError, match="does not say original length and layers; give --original-length, --layers"
     ):
         complete(stated, {})
+
+
+@pytest.mark.parametrize("switches", [False, True])
+def test_exllamav2_is_told_the_length_that_its_attention_factor_needs(switches: bool) -> None:
+    """It works that out from what it is started for, so that a config alone cannot be right."""
+    before = [Regime(1, ORIGINAL, LOW, "none")] if switches else []
+    taken = take(single(HIGH, *before), room_of("exllamav2"))
+    assert taken.switches == switches
+    (note,) = [note for note in form_notes("exllamav2", taken) if "max_seq_len" in note]
+    assert f"{SU:.6g} only with max_seq_len = {8 * ORIGINAL}, " in note
+    assert f"1 up to {ORIGINAL}." in note
 
 
 def test_a_gguf_file_keeps_the_rest(tmp_path: Path) -> None:
