@@ -28,7 +28,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -130,6 +130,9 @@ class WithoutSpare:
 
     def evaluate(self, units: Sequence[Unit], spare: Sequence[Unit] = ()) -> Iterator[Outcome]:  # noqa: ARG002
         return self.scorer.evaluate(units)
+
+    def built_upon(self, keys: Collection[str]) -> None:
+        self.scorer.built_upon(keys)
 
 
 class Stopwatch(Silent):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -142,6 +142,10 @@ class Scorer(Protocol):
         ``spare`` units are for workers that would be idle otherwise: some of their outcomes come, in this call or in a
         later one, and none is waited for.
         """
+        ...
+
+    def built_upon(self, keys: Collection[str]) -> None:
+        """The study decides by values of these keys that it had before it asked: from now on none is corrected."""
         ...
 
 
@@ -333,6 +337,10 @@ class _Generation:
             store.add_generation(*self.place, candidates, documents, self.keys)
         store.rekey(*self.place, self.keys)  # first: another study may have computed the new keys
         self.known = store.outcomes(*self.place)
+        self.cells: dict[str, list[tuple[int, int]]] = {}
+        for i, row in enumerate(self.keys):
+            for j, key in enumerate(row):
+                self.cells.setdefault(key, []).append((i, j))
         self.uncomputed: list[Outcome] = []
         self.in_a_row = 0
         self.spared: set[str] = set()
@@ -340,32 +348,34 @@ class _Generation:
         observer.generation_started(part, generation, len(candidates) * len(documents), pending)
 
     def compute(self, chosen: Iterable[int], seen: int, spare: Sequence[Unit] = ()) -> None:
-        """Score the chosen candidates on the first ``seen`` documents."""
+        """Score the chosen candidates on the first ``seen`` documents; what is decided next is decided by them."""
         units: dict[str, Unit] = {}
-        places: dict[str, list[tuple[int, int]]] = {}
+        found: set[str] = set()
         for i in chosen:
             for j in range(seen):
+                key = self.keys[i][j]
                 if self.known[i][j] is None:
-                    key, candidate = self.keys[i][j], self.candidates[i]
-                    units.setdefault(key, Unit(key, candidate.factors, self.documents[j], self.gradient))
-                    places.setdefault(key, []).append((i, j))
-        if not units:
-            return
-        left = [unit for unit in spare if unit.key not in self.spared]
-        for outcome in self.scorer.evaluate(list(units.values()), left):
+                    units.setdefault(key, Unit(key, self.candidates[i].factors, self.documents[j], self.gradient))
+                else:
+                    found.add(key)
+        if units:
+            self.ask(units, [unit for unit in spare if unit.key not in self.spared])
+        self.scorer.built_upon(found)
+
+    def ask(self, units: Mapping[str, Unit], spare: Sequence[Unit]) -> None:
+        """Have units computed, and keep what comes: of them, of spare ones, and in place of what was known."""
+        for outcome in self.scorer.evaluate(list(units.values()), spare):
             if outcome.corrects:
                 self.store.correct(outcome)
-                for i, j in places.get(outcome.key, ()):
-                    self.known[i][j] = outcome
+                self.keep(outcome)
                 continue
-            if outcome.key not in places:  # a spare one's, of this call or of an earlier one
+            if outcome.key not in units:  # a spare one's, of this call or of an earlier one
                 self.spared.add(outcome.key)
                 if outcome.nll is not None:
                     self.store.record(outcome)
                 continue
             self.observer.evaluated(outcome)
-            for i, j in places[outcome.key]:
-                self.known[i][j] = outcome
+            self.keep(outcome)
             if outcome.nll is not None:
                 self.store.record(outcome)
                 self.in_a_row = 0
@@ -374,6 +384,11 @@ class _Generation:
             self.in_a_row += 1
             if self.in_a_row == max(UNCOMPUTED_IN_A_ROW, 2 * len(self.documents)):
                 raise _nothing_computed(self.in_a_row, outcome, self.gradient)
+
+    def keep(self, outcome: Outcome) -> None:
+        """Wherever the generation has its key."""
+        for i, j in self.cells.get(outcome.key, ()):
+            self.known[i][j] = outcome
 
     def losses(self, i: int, seen: int) -> tuple[float, ...]:
         """Nats of candidate i on the first ``seen`` documents; infinity where it failed."""

@@ -32,6 +32,7 @@ REPLACEMENTS = 3
 FORGIVEN = 100  # evaluations after which a place is as good as any: memory does flip a bit once in a while
 START_TIMEOUT = 1800.0  # seconds; reading the weights of a large model from a slow disk
 LOOK = 2.0  # seconds between looks at the cluster, and at who is late
+NO_INFO = "A worker described its model by an object of type {}; look for a broken device, or other software."
 STORE_SHARE = 0.8  # of a node's object store that shared weights may fill
 
 
@@ -231,8 +232,10 @@ class Crew:
         for place in places:
             self._start(place)
         described: list[ModelInfo] = self._gather([place.call for place in places])
-        for place in places:
+        for place, info in zip(places, described, strict=True):
             place.call = None
+            if not isinstance(info, ModelInfo):
+                raise LongRopeError(NO_INFO.format(type(info).__name__))
         return described
 
     def _gather(self, calls: list[Any]) -> list[Any]:
@@ -253,7 +256,9 @@ class Crew:
             raise LongRopeError(f"A worker died while it loaded {self._request.path}: {one_line(error)}") from error
         return values
 
-    def _check_profile(self, other: ModelInfo) -> None:
+    def _check_profile(self, other: object) -> None:
+        if not isinstance(other, ModelInfo):
+            raise LongRopeError(NO_INFO.format(type(other).__name__))
         if other.fingerprint == self.info.fingerprint and other.probe not in (None, self.info.probe):
             raise LongRopeError("it gave another loss of a known text than the others")
         if other.fingerprint != self.info.fingerprint:

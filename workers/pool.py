@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import ray
 from ray.exceptions import RayError, RayTaskError
@@ -35,6 +35,8 @@ ATTEMPTS = 3
 HOPELESS = 4  # candidates; one that always fails must not look like a machine on which nothing works
 GRACE = 1.0  # seconds; a driver that was stopped itself takes in what has come before it calls anybody late
 
+Flight: TypeAlias = "tuple[Place, Any]"  # a call, and where it was sent
+
 
 class RayScorer(Crew):
     """A ``searcher.study.Scorer`` over Ray workers; see ``Crew`` for what it is made of."""
@@ -51,7 +53,7 @@ class RayScorer(Crew):
         self._failing: set[Factors | None] | None = set()  # candidates that failed; None after the first success
         self._durations = Durations()
         self._done: set[str] = set()
-        self._past: set[str] = set()  # asked for in earlier calls: the study has built upon them
+        self._past: set[str] = set()  # the study has built upon them
         self._opinions: dict[str, Opinions] = {}  # of units that more than one worker computes
         self._disbelieved: set[int] = set()
         self._audits = Audits(AUDIT_EVERY)
@@ -79,13 +81,16 @@ class RayScorer(Crew):
         try:
             while True:
                 ready, late = self._ready(timeout)
-                for place in ready:
-                    outcomes += self._collect(place, queue)
-                for place in late:
-                    outcomes += self._end_late(place, queue)
+                # What one of them gives may end the worker of another, whose place then holds a call that is not ready.
+                for place, call in ready:
+                    if place.call == call:
+                        outcomes += self._collect(place, queue)
+                for place, call in late:
+                    if place.call == call and self._is_late(place):
+                        outcomes += self._end_late(place, queue)
                 # What has come back and is not stored yet would be lost with the driver: no more of it than of places.
                 if len(outcomes) <= len(self._places):
-                    self._dispatch(queue, extra, asked)
+                    self._dispatch(queue, extra)
                 if outcomes:  # one at a time: while it is stored other workers become free
                     yield outcomes.popleft()
                     timeout = 0.0
@@ -103,6 +108,10 @@ class RayScorer(Crew):
                     place.unit = None
                     self._replace(place, "its call was given up", quiet=True)
 
+    def built_upon(self, keys: Collection[str]) -> None:
+        """The study has decided by values that it did not ask for again; those it asked for are known here."""
+        self._past.update(keys)
+
     def drain(self) -> Iterator[Outcome]:
         """Wait for the spare units that are in flight."""
         yield from self.evaluate([place.unit for place in self._places if place.unit is not None])
@@ -116,7 +125,7 @@ class RayScorer(Crew):
         """Whether a call does not end before this worker's: after it, nothing of it can be corrected."""
         return place.unit is not None and (not place.spare or place.unit.key in self._opinions)
 
-    def _dispatch(self, queue: Queue, spare: list[Unit], asked: set[str]) -> None:
+    def _dispatch(self, queue: Queue, spare: list[Unit]) -> None:
         idle = [place for place in self._places if place.actor is not None and place.call is None]
         for opinions in self._undecided():
             place = self._who_else(opinions, idle)
@@ -131,7 +140,7 @@ class RayScorer(Crew):
         for place in idle:
             unit = take_spare(spare, self._durations, remaining)
             if unit is None and (audit := self._audits.due(place.process)) is not None:
-                if audit.unit.key in asked and audit.unit.key not in self._opinions:
+                if audit.unit.key not in self._past and audit.unit.key not in self._opinions:
                     unit = take_spare([audit.unit], self._durations, remaining)
                 if unit is not None:
                     self._opinions[unit.key] = audit
@@ -148,6 +157,7 @@ class RayScorer(Crew):
             return None  # busy, or on its way
         if len(opinions.given) == 1 and len(self._places) == 1:
             return idle[0]  # at least it shows whether the worker agrees with itself
+        idle[0].losses -= 1  # this is none
         self._replace(idle.pop(0), "a third worker was needed")
         return None
 
@@ -165,8 +175,8 @@ class RayScorer(Crew):
         place.call = place.actor.score.remote(unit)
         place.late_since = None
 
-    def _ready(self, timeout: float) -> tuple[list[Place], list[Place]]:
-        """The places whose calls have finished, and those that are late; at least one unless the timeout is 0."""
+    def _ready(self, timeout: float) -> tuple[list[Flight], list[Flight]]:
+        """The calls that have finished, and those that are late; at least one unless the timeout is 0."""
         while True:
             self._look_around()
             in_flight = {place.call: place for place in self._places if place.call is not None}
@@ -181,9 +191,9 @@ class RayScorer(Crew):
             if timeout:
                 ray.wait(calls, num_returns=1, timeout=timeout)
             ready, waiting = ray.wait(calls, num_returns=len(calls), timeout=0)
-            late = [place for place in map(in_flight.__getitem__, waiting) if self._is_late(place)]
+            late = [(in_flight[call], call) for call in waiting if self._is_late(in_flight[call])]
             if ready or late or not timeout:
-                return [in_flight[call] for call in ready], late
+                return [(in_flight[call], call) for call in ready], late
 
     def _limit(self, place: Place) -> float:
         return START_TIMEOUT if place.unit is None else self._durations.limit(place.unit, self._pool.time_limit)
@@ -245,7 +255,9 @@ class RayScorer(Crew):
 
     def _keep(self, place: Place, unit: Unit, value: Outcome, queue: Queue) -> Iterator[Outcome]:
         """A value that can be right: handed over, unless other workers are to say the same first."""
-        outcome = replace(value, worker=f"ray-{place.number}")
+        # What it says of itself must not pass for more: a time beyond the call's would make hanging look right.
+        seconds = min(value.seconds, time.monotonic() - place.sent)
+        outcome = replace(value, worker=f"ray-{place.number}", seconds=seconds, corrects=False)
         place.good += 1
         if place.good == FORGIVEN:
             place.set_aside = 0
@@ -341,5 +353,10 @@ class RayScorer(Crew):
         if opinions is not None:
             del self._opinions[unit.key]
             if opinions.handed_over is not None:
+                self._say(
+                    f"{opinions.handed_over.worker} gave a value on {unit.document.name} that is not believed, and it "
+                    f"could not be computed again: {reason} ({ATTEMPTS} attempts). It stays. For a result that is "
+                    "sure, launch the study anew in a new store."
+                )
                 return
         yield Outcome(unit.key, None, 0, failure=f"{reason} ({ATTEMPTS} attempts)")

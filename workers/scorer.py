@@ -7,7 +7,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -226,3 +226,6 @@ class LocalScorer:
                 reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
                 outcome = Outcome(unit.key, None, 0, failure=reason)
             yield replace(outcome, worker="local")
+
+    def built_upon(self, keys: Collection[str]) -> None:
+        """Nothing: it corrects nothing."""

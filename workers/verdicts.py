@@ -27,9 +27,13 @@ def fault(value: object, unit: Unit) -> str | None:
         return "the outcome of another evaluation"
     if type(value.nll) is not float and not (unit.document.greedy and type(value.nll) is int):
         return f"a loss of type {type(value.nll).__name__}"
+    if value.failure is not None and not isinstance(value.failure, str):
+        return f"a reason of type {type(value.failure).__name__}"
+    if type(value.seconds) not in (float, int) or not 0 <= value.seconds < math.inf:
+        return f"a time of {value.seconds!r:.40} s"
     tokens = sum(end - start for start, end in scored_ranges(unit.document.length, unit.document.spans))
-    if value.tokens != tokens:
-        return f"a loss over {value.tokens} tokens where {tokens} are scored"
+    if type(value.tokens) is not int or value.tokens != tokens:
+        return f"a loss over {value.tokens!r:.40} tokens where {tokens} are scored"
     if value.nll < -ROUNDING * tokens:
         return f"a loss of {value.nll:g} nats"
     return _gradient_fault(value, unit) if math.isfinite(value.nll) else None
@@ -42,6 +46,8 @@ def _gradient_fault(outcome: Outcome, unit: Unit) -> str | None:
     if gradient is None:
         return None if outcome.failure else "no gradient"
     asked = len(unit.factors.by_layer()[0]) + 1
+    if not isinstance(gradient, tuple):
+        return f"a gradient of type {type(gradient).__name__}"
     if len(gradient) != asked or not all(isinstance(value, float) for value in gradient):
         return f"a gradient of {len(gradient)} values where there are {asked}"
     return None

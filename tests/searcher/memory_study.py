@@ -6,7 +6,7 @@ import hashlib
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -194,6 +194,7 @@ class AnalyticScorer:
     eager: spare units that it computes at every call, half of which it hands out with the next call.
     asked: units that it was asked for, and steps with a gradient.
     computed: how often it computed each key.
+    final: keys that were known and are built upon.
     """
 
     life: Life = field(default_factory=Life)
@@ -207,6 +208,7 @@ class AnalyticScorer:
     spared: Counter[str] = field(default_factory=Counter)
     late: dict[str, Outcome] = field(default_factory=dict)
     asked: Counter[str] = field(default_factory=Counter)
+    final: set[str] = field(default_factory=set)
 
     def loss(self, factors: Factors, on: Document) -> float:
         """Nats a token."""
@@ -257,6 +259,9 @@ class AnalyticScorer:
             yield work()
         for unit in extra[1::2]:
             self.late[unit.key] = self.compute(unit)
+
+    def built_upon(self, keys: Collection[str]) -> None:
+        self.final |= set(keys)
 
     def compute(self, unit: Unit) -> Outcome:
         self.computed[unit.key] += 1

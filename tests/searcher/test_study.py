@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -338,6 +338,44 @@ class TestCorrections:
         assert {key: outcome.nll for key, outcome in troubled.evaluations.items()} == {
             key: outcome.nll for key, outcome in untroubled.evaluations.items()
         }
+
+    def test_a_spare_value_is_corrected_while_it_is_asked_for(self) -> None:
+        """The selection finds it in the store, and it is corrected while the others are computed."""
+        bad = CANDIDATES[0].factors
+        keys = [unit.key for unit in units_of(CANDIDATES[:3], SELECTION)]
+
+        class Correcting(AnalyticScorer):
+            def evaluate(self, units: Sequence[Unit], spare: Sequence[Unit] = ()) -> Iterator[Outcome]:
+                yield from super().evaluate(units, spare)
+                yield replace(self.outcome(bad, SELECTION[0], keys[0]), corrects=True)
+
+        store, scorer, untroubled = MemoryStore(), Correcting(), AnalyticScorer()
+        store.record(replace(scorer.outcome(bad, SELECTION[0], keys[0]), nll=1.0))
+        scores = score_generation("selection", 0, CANDIDATES[:3], SELECTION, scorer, store, Watcher())
+        assert scores == score_generation(
+            "selection", 0, CANDIDATES[:3], SELECTION, untroubled, MemoryStore(), Watcher()
+        )
+        assert scores == score_generation("selection", 0, CANDIDATES[:3], SELECTION, untroubled, store, Watcher())
+
+    def test_the_scorer_is_told_which_values_that_it_was_not_asked_for_decide(self) -> None:
+        """Up to the point of a race that they count for, each time before the decision."""
+        told: list[tuple[int, set[str]]] = []
+        race = leaving((1, 4), (2,))
+
+        class Noting(AnalyticScorer):
+            def built_upon(self, keys: Collection[str]) -> None:
+                told.append((len(race.shown), set(keys)))
+
+        store = MemoryStore()
+        known = [unit.key for unit in units_of(CANDIDATES[:2], DOCUMENTS)]
+        generation(store, AnalyticScorer())
+        kept = {key: outcome for key, outcome in store.evaluations.items() if key in known}
+        generation(MemoryStore(evaluations=kept), Noting(), race=race)
+        asked = [{unit.key for unit in units_of(CANDIDATES, DOCUMENTS[:n])} for n in (1, 2)]
+        assert told[0] == (0, {known[0], known[3]})
+        assert told[1] == (1, {known[0], known[1]} | {key for key in asked[0] - {known[3]} if key in told[1][1]})
+        assert {known[0], known[1], known[2]} <= told[2][1]
+        assert {known[4], known[5]}.isdisjoint(told[1][1] | told[2][1])  # of the one that was left
 
 
 @pytest.mark.parametrize("work", [generation, TestGradients().gradients])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -213,6 +213,8 @@ class CountingScorer:
             self.left -= 1
             self.seen[unit.key] += 1
             yield self.outcome(unit)
+
+    def built_upon(self, keys: Collection[str]) -> None: ...
 
     def outcome(self, unit: Unit) -> Outcome:
         fate = int(unit.key[:4], 16) % self.odds

@@ -26,6 +26,7 @@ GOOD = {
     "greedy": Outcome("greedy", 3, 10),
     "gradient": Outcome("gradient", 100.0, 63, gradient=(0.1, -0.2, 0.3, 0.0)),
 }
+BAD_TIMES: tuple[Any, ...] = (math.nan, math.inf, -math.inf, -0.1, "1", None, True)
 UNITS = {unit.key: unit for unit in (PLAIN, SPANS, GREEDY, GRADIENT)}
 
 
@@ -55,6 +56,10 @@ def test_a_loss_that_is_not_finite_is_doubtful_and_no_garbage(nll: float) -> Non
         ("plain", replace(GOOD["plain"], tokens=64), "a loss over 64 tokens where 63 are scored"),
         ("spans", replace(GOOD["spans"], tokens=63), "a loss over 63 tokens where 10 are scored"),
         ("plain", replace(GOOD["plain"], gradient=(1.0,)), "a gradient that nobody asked for"),
+        ("plain", replace(GOOD["plain"], tokens=63.0), "a loss over 63.0 tokens where 63 are scored"),
+        ("plain", replace(GOOD["plain"], failure=7), "a reason of type int"),
+        *(("plain", replace(GOOD["plain"], seconds=bad), f"a time of {bad!r} s") for bad in BAD_TIMES),
+        ("gradient", replace(GOOD["gradient"], gradient=5.0), "a gradient of type float"),
         ("gradient", replace(GOOD["gradient"], gradient=None), "no gradient"),
         ("gradient", replace(GOOD["gradient"], gradient=(1.0,) * 3), "a gradient of 3 values where there are 4"),
     ],
