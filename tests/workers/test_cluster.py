@@ -34,7 +34,9 @@ FACTORS = [Factors((1.0, 1.0 + number), 0, 1.0) for number in range(12)]
 UNITS = [Unit(f"{100 + i}", factors, Document("text", "0" * 64, LENGTH)) for i, factors in enumerate(FACTORS)]
 RIGHT = {unit.key: float(unit.key) for unit in UNITS}
 TOKENS = LENGTH - 1
-LIMIT = 4.0  # seconds that every evaluation gets
+LIMIT = 60.0  # seconds that every evaluation gets: nothing is late because the machine is slow
+HANGING = 4.0  # where something is meant to hang
+DEADLINE = 120.0  # seconds for what is bound to happen some time
 
 Score = Callable[["Where", Unit], Outcome]
 
@@ -53,6 +55,12 @@ class Where:
             file.write(b".")
             file.flush()
             return file.tell()
+
+    def until(self, name: str) -> None:
+        """Wait until it has happened, in whichever process."""
+        deadline = time.monotonic() + LIMIT / 2
+        while not (self.folder / name).exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
 
 
 def right(unit: Unit, seconds: float = 0.01) -> Outcome:
@@ -216,7 +224,7 @@ class TestHanging:
                 time.sleep(3600)
             return right(unit)
 
-        crowd = gather(hang)
+        crowd = gather(hang, time_limit=HANGING)
         assert crowd.evaluate() == RIGHT
         assert crowd.heard("it had not ended after 4 s")
 
@@ -228,7 +236,7 @@ class TestHanging:
                 os.kill(os.getpid(), signal.SIGSTOP)
             return right(unit)
 
-        crowd = gather(stop)
+        crowd = gather(stop, time_limit=HANGING)
         assert crowd.evaluate() == RIGHT
         assert len(crowd.scorer.worker_pids()) == 2
 
@@ -241,21 +249,24 @@ class TestHanging:
                 time.sleep(3600)
             return right(unit)
 
-        crowd = gather(hang)
+        crowd = gather(hang, time_limit=HANGING)
         outcomes = {outcome.key: outcome for outcome in crowd.scorer.evaluate(UNITS)}
         assert outcomes.pop("105").failure == "it had not ended after 4 s (3 attempts)"
         assert {key: outcome.nll for key, outcome in outcomes.items()} == {k: v for k, v in RIGHT.items() if k != "105"}
-        assert crowd.times("hangs") == 3
+        assert 1 <= crowd.times("hangs") <= 3  # a slow machine may not have begun it when its time was up
 
     def test_what_took_long_before_may_take_long(self, gather: Gather) -> None:
-        """The limit is ten times what was measured, not LIMIT."""
+        """The limit is ten times what was measured, not the one that was asked for."""
 
         def slowly(_where: Where, unit: Unit) -> Outcome:
-            time.sleep(6.0 if unit.key == "105" else 0.01)
-            return right(unit, 1.0)
+            seconds = 9.0 if unit.key == "200" else 2.0  # the first ones have an hour: nothing was measured
+            time.sleep(seconds)
+            return right(unit, seconds)
 
-        crowd = gather(slowly)
-        assert crowd.evaluate() == RIGHT
+        crowd = gather(slowly, time_limit=HANGING)
+        last = [replace(UNITS[0], key="200")]
+        assert crowd.evaluate(UNITS[:2]) == {unit.key: RIGHT[unit.key] for unit in UNITS[:2]}
+        assert crowd.evaluate(last) == {"200": 200.0}
         assert crowd.said == []
 
 
@@ -292,9 +303,11 @@ class TestGarbage:
 
         def spoil(where: Where, unit: Unit) -> Any:
             if where.process == 1 and where.count("scored") == 3:
+                where.count("spoilt")
                 good = right(unit)
                 return {"nothing": None, "tokens": replace(good, tokens=7), "key": replace(good, key="?")}[kind]
-            time.sleep(0.1)
+            if where.process != 1:
+                where.until("spoilt")
             return right(unit)
 
         crowd = gather(spoil)
@@ -305,8 +318,10 @@ class TestGarbage:
         """A third decides; the worker is set aside, and with it what it gave before."""
 
         def spoil(where: Where, unit: Unit) -> Outcome:
-            time.sleep(0.1)
-            if where.process == 1 and where.count("scored") >= 3:
+            if where.process != 1:
+                where.until("spoilt")
+            elif where.count("scored") >= 3:
+                where.count("spoilt")
                 return replace(right(unit), nll=math.nan, failure="the loss on text is nan")
             return right(unit)
 
@@ -347,16 +362,17 @@ class TestWrongValues:
 
         def err(where: Where, unit: Unit) -> Outcome:
             wrong = where.process == 1 and where.count("scored") >= 3
-            time.sleep(0.5)
-            return replace(right(unit, 0.5), nll=float(unit.key) + wrong * 2**-40)
+            time.sleep(1.0)
+            return replace(right(unit, 1.0), nll=float(unit.key) + wrong * 2**-40)
 
         crowd = gather(err)
-        for call in range(1, 8):  # three units for two workers: one has time to look at the other's
+        deadline, call = time.monotonic() + DEADLINE, 0
+        while not crowd.heard("it gave another value than two others"):
+            assert time.monotonic() < deadline
+            call += 1
+            # Three units for two workers: one that is done soon enough has time to look at the other's.
             units = [replace(unit, key=f"{call}{unit.key}") for unit in UNITS[:3]]
             kept = crowd.evaluate(units)
-            if crowd.heard("it gave another value than two others"):
-                break
-        assert crowd.heard("it gave another value than two others")
         assert kept == {unit.key: float(unit.key) for unit in units}
 
     def test_workers_that_disagree_from_the_start(self, gather: Gather) -> None:
@@ -390,7 +406,9 @@ class TestWrongValues:
             return right(unit)
 
         crowd = gather(die, lambda where: replace(INFO, probe=6.0 if where.process == 3 else 5.0))
-        for _ in range(4):
+        deadline = time.monotonic() + DEADLINE
+        while not crowd.heard("it gave another loss of a known text than the others"):
+            assert time.monotonic() < deadline
             assert crowd.evaluate() == RIGHT
         assert crowd.heard("it gave another loss of a known text than the others")
         assert crowd.times("by 3") == 0
