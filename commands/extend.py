@@ -166,3 +166,4 @@ def run_extend(
             console.print(table)
     console.print(f"{cost_line(repository.cost(extension.name))} {extended.seconds:.0f} s in all.", highlight=False)
     console.print(f"factors: {extended.factors}", highlight=False, soft_wrap=True)
+    console.print(f"model they are for: {extended.model}", highlight=False, soft_wrap=True)

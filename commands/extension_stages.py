@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from commands.export import window_in_force
+from commands.extension_text import SEARCHES, stage_windows, training_chunks
 from commands.runs import search
 from searcher.errors import LongRopeError
 from searcher.extension import (
@@ -24,7 +25,6 @@ from searcher.extension import (
     EVALUATE,
     FINETUNE,
     RECOVER,
-    SEARCH,
     Evaluation,
     Stage,
 )
@@ -32,6 +32,7 @@ from searcher.regimes import Place, regimes, rows
 from searcher.rope import Factors
 from searcher.second import TUNED, attention_policy, recovered, stage_plan, tuning_factors
 from searcher.study import WITHOUT_N_HAT, Candidate, Score, score_generation
+from searcher.tuning import Tuning
 from storage.config_forms import config_patch, form_room
 from storage.factor_file import FactorFile, ModelIdentity, Regime, RegimeScore, WithoutNHat, write
 from storage.live import TuningWatcher, Watcher
@@ -41,7 +42,7 @@ from storage.stages import StageRecord
 from storage.study_store import StudyStore
 from workers.accuracy import Answer, accuracy_table, effective_context
 from workers.checkpoints import Checkpoint
-from workers.corpus import study_windows, training_documents
+from workers.corpus import training_documents
 from workers.finetune import UNFINISHED, TuneRequest, tune
 from workers.frames import KEY_VALUE, PASSKEY
 from workers.model import (
@@ -52,28 +53,15 @@ from workers.model import (
     resolve_folder,
     shipped_factors,
 )
-from workers.packing import pack, short_documents
 from workers.retrieval import TooShort, Trial, make_trial, tasks
 from workers.scorer import open_scorer
-from workers.settings import device_name, free_memory, gpu_count, settle_device
-from workers.train_cluster import tune_on_cluster
+from workers.settings import device_name, free_memory, settle_device
+from workers.train_cluster import on_cluster, tune_on_cluster
 from workers.tuned import check_tuned
-
-SEARCHES = (SEARCH, RECOVER)
 
 if TYPE_CHECKING:
     from commands.extensions import Extension
-    from workers.dataset import DocumentSets, Window
-
-
-def stage_windows(extension: Extension, stage: Stage, tokenizer: Any, original_length: int) -> DocumentSets:
-    """The windows of a search or a recovery, or of the held-out text of a fine-tuning."""
-    corpus = replace(
-        extension.corpus,
-        documents={**extension.corpus.documents, **stage.documents},
-        windows={**extension.corpus.windows, **stage.windows},
-    )
-    return study_windows(corpus, tokenizer, stage.length, min(original_length, stage.length))
+    from workers.dataset import Window
 
 
 class Driver:
@@ -172,7 +160,7 @@ class Driver:
     def search(self, store: StudyStore, record: StageRecord) -> None:
         """A search or a recovery."""
         stage = self.stage(record)
-        sets = stage_windows(self.extension, stage, self.tokenizer, self.spec.original_length)
+        sets = stage_windows(self.extension.corpus, stage, self.tokenizer, self.spec.original_length)
         tokens = {w.document.sha256: w.tokens for windows in sets.windows.values() for w in windows}
         documents = {part: [w.document for w in windows] for part, windows in sets.windows.items()}
         with open_scorer(self.request(stage, record, stage.model), tokens, self.extension.pool, self.say) as scorer:
@@ -195,20 +183,16 @@ class Driver:
             return self.from_outside(store, number, factors, checkpoint)
         tuning, work = stage.tuning, self.extension.folder(stage.name)
         held_out = stage_windows(
-            self.extension, replace(stage, length=tuning.length), self.tokenizer, self.spec.original_length
+            self.extension.corpus, replace(stage, length=tuning.length), self.tokenizer, self.spec.original_length
         )
         windows = held_out.windows["selection"]
         documents = training_documents(self.extension.train, self.extension.corpus.text_column, self.tokenizer)
         read = {"train": [d.sha256 for d in documents], "held out": [w.document.sha256 for w in windows]}
         pool = self.extension.pool
-        on_cluster = pool is not None and (pool.ray_address is not None or gpu_count() > 1)
-        self.begin(store, record, self.training_profile(on_cluster), read)
+        spread = on_cluster(pool)
+        self.begin(store, record, self.training_profile(spread), read)
         texts = [document.tokens for document in documents]
-        ends = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        short, original = None, self.spec.original_length
-        if tuning.mixed_window:
-            whole = tuning.short_text == "documents"
-            short = pack(short_documents(texts, original, *ends) if whole else texts, original, *ends, tuning.seed)
+        chunks, short = training_chunks(tuning, texts, self.tokenizer, self.spec.original_length)
         recorded = store.checkpoints(number)
         resume = None
         if recorded:
@@ -239,10 +223,9 @@ class Driver:
             original_length=self.extension.model.original_length,
             trust_remote_code=self.extension.model.trust_remote_code,
         )
-        chunks = pack(texts, tuning.length, *ends, tuning.seed)
         arguments = (request, chunks, short, [w.tokens for w in windows], on_log, on_checkpoint)
         with watcher:
-            if pool is not None and on_cluster:
+            if pool is not None and spread:
                 folder = tune_on_cluster(*arguments, pool, resume)
             else:
                 folder = tune(*arguments, resume)
@@ -250,9 +233,9 @@ class Driver:
         self.tuned(store, number, folder)
         return None
 
-    def training_profile(self, on_cluster: bool) -> Mapping[str, Any]:
+    def training_profile(self, spread: bool) -> Mapping[str, Any]:
         """What decides the last bits of a fine-tuning beside its settings; a cluster's GPUs are not known here."""
-        if on_cluster and self.extension.pool is not None:
+        if spread and self.extension.pool is not None:
             device, threads = "cluster", self.extension.pool.workers
         else:
             device, threads = device_name(settle_device(self.extension.model.device)), self.extension.threads
@@ -272,7 +255,9 @@ class Driver:
         identity = replace(self.identity, weights_sha256=self.weights[stage.model])
         file = FactorFile(identity, (regime,), self.provenance())
         write(work / "factors.json", file)
-        notes = ["factors.json"]
+        asked = json.dumps(stage.tuning.to_json(), indent=2)
+        (work / "tuning.json").write_text(f"{asked}\n", encoding="utf-8")
+        notes = ["factors.json", "tuning.json (all its settings)"]
         try:
             taken = take(file, form_room("transformers", identity.family))
             config = read_config_json(base)
@@ -285,8 +270,8 @@ class Driver:
         store.wait_outside(number)
         return (
             f"Stage {stage.name} waits for another trainer. Fine-tune {base} for {stage.tuning.steps} steps on chunks "
-            f"of {stage.tuning.length} tokens, batch {stage.tuning.batch}, under the factors in {work} "
-            f"({'; '.join(notes)}), save the whole model, then: longrope resume {self.extension.name} "
+            f"of {stage.tuning.length} tokens, batch {stage.tuning.batch}{_beyond_defaults(stage)}, under the factors "
+            f"in {work} ({'; '.join(notes)}), save the whole model, then: longrope resume {self.extension.name} "
             "--checkpoint FOLDER"
         )
 
@@ -359,7 +344,7 @@ class Driver:
     def windows(self, stage: Stage, length: int) -> tuple[Window, ...]:
         """The test windows of one length."""
         here = replace(stage, length=length, windows={**stage.windows, "test": stage.evaluation.windows})
-        return stage_windows(self.extension, here, self.tokenizer, self.spec.original_length).windows["test"]
+        return stage_windows(self.extension.corpus, here, self.tokenizer, self.spec.original_length).windows["test"]
 
     def trials(self, asked: Evaluation, length: int) -> list[Trial]:
         """The retrieval trials of one length; none of a task whose prompt does not fit."""
@@ -418,6 +403,14 @@ class Driver:
             "data": data,
             **computed_by,
         }
+
+
+def _beyond_defaults(stage: Stage) -> str:
+    """The settings of a tuning that are not the defaults, beside those that are always named."""
+    tuning = stage.tuning
+    usual = Tuning(tuning.length, tuning.steps, warmup=0, batch=tuning.batch).to_json() | {"warmup": Tuning.warmup}
+    own = {key: value for key, value in tuning.to_json().items() if value != usual[key]}
+    return "".join(f", {key} {value if isinstance(value, str) else json.dumps(value)}" for key, value in own.items())
 
 
 def _measured(part: str, score: Score, trials: Sequence[Trial]) -> dict[str, Any]:

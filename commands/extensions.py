@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from commands.extension_stages import Driver, stage_windows
+from commands.extension_stages import Driver
+from commands.extension_text import deal_for_plan, stage_windows, training_chunks
 from commands.options import stem
 from commands.runs import identity_of
 from searcher.errors import LongRopeError
@@ -19,18 +20,21 @@ from searcher.extension import (
     EVALUATE,
     FINETUNE,
     ExtensionPlan,
+    Stage,
     check_lengths,
 )
 from searcher.regimes import StageCost, costs
 from searcher.second import check_searches
-from searcher.study import PARTS
 from storage.factor_file import ModelIdentity, to_json, write
 from storage.report import plan_table
 from storage.repository import Repository
 from storage.stages import FINISHED
-from workers.corpus import CorpusRequest, absolute, deal, training_documents
+from workers.corpus import CorpusRequest, absolute, training_documents
+from workers.dataset import Window
+from workers.finetune import peft_package
 from workers.model import ModelRequest, load_model, load_tokenizer, resolve_folder
 from workers.scorer import PoolRequest, describe
+from workers.train_cluster import check_devices
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,7 @@ class Extended:
     Attributes
     ----------
     factors: the factor file; None where the extension waits.
+    model: folder or name of the model that the file is for, its weights included; None where the extension waits.
     result: of the evaluation; None where the plan has none, or the extension waits.
     waits_for: what it waits for; None where it is finished.
     """
@@ -101,6 +106,7 @@ class Extended:
     result: dict[str, Any] | None
     seconds: float
     waits_for: str | None = None
+    model: str | None = None
 
 
 def extend(
@@ -157,7 +163,8 @@ def extend(
         write(path, file)
         result: dict[str, Any] = {"factors": to_json(file), "evaluation": driver.evaluation, "model": served}
         store.finish(result)
-    return Extended(path, driver.evaluation, time.monotonic() - started)
+    shown = extension.model.path if model == BASE else str(driver.folders[model])
+    return Extended(path, driver.evaluation, time.monotonic() - started, model=shown)
 
 
 def _create(repository: Repository, extension: Extension, console: Console) -> None:
@@ -172,36 +179,33 @@ def _create(repository: Repository, extension: Extension, console: Console) -> N
     del loaded
     folder = resolve_folder(model.path, model.trust_remote_code)
     tokenizer = load_tokenizer(folder, model.trust_remote_code)
-    longest = max(stage.length for stage in extension.plan.stages)
-    most = {
-        part: max(counts)
-        for part in PARTS
-        if (counts := [stage.documents[part] for stage in extension.plan.stages if part in stage.documents])
-    }
-    dealt = deal(replace(extension.corpus, documents={**extension.corpus.documents, **most}), tokenizer, longest)
-    extension = replace(extension, model=model, corpus=replace(extension.corpus, dealt=dealt.dealt))
+    extension = replace(extension, model=model, corpus=deal_for_plan(extension.corpus, extension.plan, tokenizer))
     identity = identity_of(model, info)
     driver = Driver(extension, identity, console, accept_numerics=False)
+    tuned = [stage for stage in extension.plan.stages if stage.kind == FINETUNE and not stage.outside]
     held_out: set[str] = set()
+    windows: list[Window] = []
     for stage in extension.plan.stages:
         if stage.kind == EVALUATE:
             windows = [w for length in stage.evaluation.lengths for w in driver.windows(stage, length)]
             for length in stage.evaluation.lengths:
                 driver.trials(stage.evaluation, length)
-        else:
+        elif stage in tuned or stage.kind != FINETUNE:
             length = stage.tuning.length if stage.kind == FINETUNE else stage.length
-            sets = stage_windows(extension, replace(stage, length=length), tokenizer, info.spec.original_length)
+            sets = stage_windows(extension.corpus, replace(stage, length=length), tokenizer, info.spec.original_length)
             windows = [w for found in sets.windows.values() for w in found]
         held_out |= {window.source for window in windows}
-    if any(stage.kind == FINETUNE and not stage.outside for stage in extension.plan.stages):
-        _refuse_shared(extension, tokenizer, held_out)
+    if tuned:
+        _check_tunings(extension, tuned, tokenizer, info.spec.original_length, held_out)
     console.print(plan_table(extension.plan, costs(extension.plan, info.spec)))
     planned = [(stage.kind, {"name": stage.name}) for stage in extension.plan.stages]
     repository.create_study(extension.name, "extension", {**extension.to_json(), "identity": asdict(identity)}, planned)
 
 
-def _refuse_shared(extension: Extension, tokenizer: Any, held_out: Collection[str]) -> None:
-    """Refuse to tune on text, by its SHA-256, that is searched, selected or tested on."""
+def _check_tunings(
+    extension: Extension, stages: Sequence[Stage], tokenizer: Any, original_length: int, held_out: Collection[str]
+) -> None:
+    """Refuse what a fine-tuning here would find missing, and text, by its SHA-256, that is searched or tested on."""
     documents = training_documents(extension.train, extension.corpus.text_column, tokenizer)
     shared = [document.name for document in documents if document.sha256 in held_out]
     if shared:
@@ -209,6 +213,15 @@ def _refuse_shared(extension: Extension, tokenizer: Any, held_out: Collection[st
             f"{shared[0]} ({len(shared)} in all) is in the training text and among the documents that are searched or "
             "tested on; name text with --train-data that is in none of the other sets."
         )
+    texts = [document.tokens for document in documents]
+    for stage in stages:
+        try:
+            training_chunks(stage.tuning, texts, tokenizer, original_length)
+            check_devices(stage.tuning, extension.pool)
+            if stage.tuning.lora_rank is not None:
+                peft_package()
+        except LongRopeError as error:
+            raise LongRopeError(f"In the plan, stage {stage.name}: {error}") from error
 
 
 def plan_costs(plan: ExtensionPlan, request: ModelRequest) -> list[StageCost]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import shutil
 import sqlite3
+import sys
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +23,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from searcher.plan_file import parse_plan
 from searcher.second import TUNED
+from searcher.tuning import Tuning
 from storage.factor_file import read
 from tests.conftest import Ended, Longrope
 from workers.apply import apply_factors
-from workers.model import NO_WINDOW, ModelRequest, load_model
+from workers.model import NO_WINDOW, ModelRequest, load_model, model_digest
 from workers.perplexity import negative_log_likelihood
 
 ROOT = Path(__file__).resolve().parent.parent
-OUTSIDE = PLAN.replace('kind = "finetune"\n', 'kind = "finetune"\noutside = true\n')
+OUTSIDE = PLAN.replace('kind = "finetune"\n', 'kind = "finetune"\noutside = true\nmixed_window = 0.5\nlora_rank = 4\n')
 COMPARED = PLAN.replace(
     '[[stages]]\nkind = "evaluate"', '[[stages]]\nkind = "compare"\nmethods = ["pi"]\n\n[[stages]]\nkind = "evaluate"'
 )
@@ -139,6 +142,13 @@ def test_the_factor_file_is_of_the_tuned_model_and_holds_what_the_stages_found(e
     assert results[3]["served"] == best
     assert list(file.regimes[0].factors.by_layer()[0]) == results[3]["factors"][best]["lambdas"]
     assert file.provenance["numerics"] == results[0]["computed_by"]["numerics"]
+
+
+def test_it_names_the_model_that_its_factors_are_for(extension: Extension) -> None:
+    assert extension.answer["model"] == str(extension.folder / "far" / "finetune-128" / "model")
+    assert read(extension.folder / "far-factors.json").model.weights_sha256 == model_digest(
+        Path(extension.answer["model"])
+    )
 
 
 def test_the_loader_serves_the_table_on_the_tuned_model(extension: Extension) -> None:
@@ -254,6 +264,12 @@ def test_another_trainer_gets_what_it_needs_and_the_extension_goes_on_with_what_
     said = " ".join(ended.out.split())
     assert "finetune-128 waits for another trainer" in said
     assert "longrope resume far --checkpoint FOLDER" in said
+    for setting in ("learning_rate 0.001", "warmup 1", "mixed_window 0.5", "lora_rank 4", "dtype float32"):
+        assert f", {setting}" in said
+    for usual in ("schedule", "weight_decay", "seed"):
+        assert f", {usual} " not in said
+    asked = Tuning.from_json(json.loads((folder / "far" / "finetune-128" / "tuning.json").read_text()))
+    assert (asked.length, asked.steps, asked.mixed_window, asked.lora_rank) == (128, 4, 0.5, 4)
     given = read(folder / "far" / "finetune-128" / "factors.json")
     assert [(regime.min_length, regime.max_length) for regime in given.regimes] == [(1, 128)]
     storage = "--storage=sqlite:///store.db"
@@ -268,6 +284,7 @@ def test_another_trainer_gets_what_it_needs_and_the_extension_goes_on_with_what_
     finished = longrope("resume", "far", storage, f"--checkpoint={made}")
     assert finished.status == 0, finished.err
     assert read(folder / "far-factors.json").model.name.endswith("-finetune-128")
+    assert f"model they are for: {made}" in finished.out
 
 
 def test_another_trainer_is_told_of_the_attention_window_in_force(
@@ -300,6 +317,132 @@ def test_what_cannot_be_extended_is_refused_in_one_line(
         assert (ended.status, ended.err.count("\n")) == (1, 1), ended.err
         assert message in ended.err
         assert "far" not in longrope("studies", "--storage=sqlite:///store.db").out
+
+
+TUNE = """
+[[stages]]
+kind = "finetune"
+length = "2x"
+factors = "pi"
+steps = 3
+warmup = 0
+documents = { selection = 1 }
+"""
+
+
+@pytest.mark.parametrize(
+    ("settings", "missing", "gpus", "message"),
+    [
+        ("lora_rank = 4", "peft", 0, "LoRA is tuned with the peft package: pip install '.[lora]'"),
+        ("fsdp = {}", None, 0, "leave fsdp out"),
+        ("batch = 3\nfsdp = {}", None, 2, "the 3 micro-batches of a step; leave fsdp out"),
+        ("mixed_window = 0.5", None, 0, "set short_text to windows"),
+        ("tokens = 100", "ray.train.torch", 2, "Ray Train: pip install '.[gpus]'"),
+        ("tokens = 100", "text", 0, "less than one chunk of 100"),
+    ],
+)
+def test_what_a_tuning_lacks_is_said_before_anything_begins(
+    settings: str,
+    missing: str | None,
+    gpus: int,
+    message: str,
+    tiny_llama_folder: Path,
+    text_folder: Path,
+    longrope: Longrope,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    arguments = command(tmp_path, f"{TUNE}{settings}\n", tiny_llama_folder, text_folder)
+    if missing == "text":
+        (tmp_path / "little.txt").write_text("klmn")
+        arguments = [a if "--train-data" not in a else f"--train-data={tmp_path / 'little.txt'}" for a in arguments]
+    elif missing is not None:
+        monkeypatch.setitem(sys.modules, missing, None)  # as where it is not installed
+    if gpus:
+        monkeypatch.setattr("workers.train_cluster.gpu_count", lambda: gpus)
+        arguments = [argument for argument in arguments if argument != "--in-process"]
+    ended = longrope(*arguments)
+    assert (ended.status, ended.err.count("\n")) == (1, 1), ended.err
+    assert message in ended.err
+    assert "stage finetune-128: " in ended.err
+    assert "far" not in longrope("studies", "--storage=sqlite:///store.db").out
+
+
+def test_a_plan_asks_for_long_documents_where_a_stage_needs_them(
+    tiny_llama_folder: Path, longrope: Longrope, tmp_path: Path
+) -> None:
+    """The search at 256 tokens asks for five documents, and the one at 128 for six, of which one is shorter."""
+    few = "documents = {{ search = {}, selection = 1, test = 1 }}\nwindows = {{ selection = 1, test = 1 }}\n"
+    search = """preset = "quick"
+evolution = { population = 1, mutants = 1, crosses = 0, generations = 0 }
+n_hats = [0]
+finalists = 1
+"""
+    stage = '[[stages]]\nkind = "search"\nlength = "{}"\n' + search
+    plan = stage.replace("{}", "2x") + few.format(4) + stage.replace("{}", "4x") + few.format(3)
+    folder = tmp_path / "some"
+    folder.mkdir()
+    for number in range(6):
+        letters = random.Random(number).choices("abcdefgh ", k=300 if number < 5 else 140)
+        (folder / f"{number}.txt").write_text("".join(letters))
+    ended = longrope(*command(tmp_path, plan, tiny_llama_folder, folder))
+    assert ended.status == 0, ended.err
+    (folder / "4.txt").unlink()
+    refused = longrope(*command(tmp_path, plan, tiny_llama_folder, folder), "--study=again")
+    assert (refused.status, refused.err.count("\n")) == (1, 1)
+    assert "stage search-256: 5 documents of at least 256 tokens are needed" in refused.err
+    assert "lower its length or its documents, or name more or longer text with --data." in refused.err
+    assert "--target" not in refused.err
+
+
+def test_named_sets_are_as_long_as_the_stages_that_use_them(
+    tiny_llama_folder: Path, longrope: Longrope, tmp_path: Path
+) -> None:
+    for part, size in (("search", 140), ("selection", 140), ("test", 300)):
+        text = "".join(random.Random(part).choices("abcdefgh ", k=size))
+        (tmp_path / f"{part}.txt").write_text(text)
+    plan = """
+[[stages]]
+kind = "search"
+length = "2x"
+preset = "quick"
+evolution = { population = 1, mutants = 1, crosses = 0, generations = 0 }
+n_hats = [0]
+finalists = 1
+
+[[stages]]
+kind = "evaluate"
+lengths = ["2x", "4x"]
+passkey_depths = 0
+key_value_trials = 0
+baselines = ["none"]
+"""
+    sets = [f"--selection-data={tmp_path / 'selection.txt'}", f"--test-data={tmp_path / 'test.txt'}"]
+    arguments = command(tmp_path, plan, tiny_llama_folder, tmp_path / "search.txt")
+    ended = longrope(*arguments, *sets, "--json")
+    assert ended.status == 0, ended.err
+    assert json.loads(ended.out)["result"]["rows"]["none"]["256"]["test"]["tokens"] == 255
+
+
+def test_a_search_may_weigh_long_context_against_short(
+    tiny_llama_folder: Path, text_folder: Path, longrope: Longrope, tmp_path: Path
+) -> None:
+    plan = """
+[[stages]]
+kind = "search"
+length = "2x"
+sampler = "nsga2"
+evolution = { population = 4, mutants = 2, crosses = 2, generations = 1 }
+n_hats = [0]
+finalists = 1
+documents = { search = 2, selection = 1, test = 1 }
+windows = { search = 1, selection = 1, test = 1 }
+"""
+    ended = longrope(*command(tmp_path, plan, tiny_llama_folder, text_folder))
+    assert ended.status == 0, ended.err
+    with closing(sqlite3.connect(tmp_path / "store.db")) as connection:
+        parts = dict(connection.execute("SELECT part, count(*) FROM longrope_candidates GROUP BY 1").fetchall())
+    assert parts["search_short"] == parts["search"] > 0
 
 
 @pytest.mark.timeout(900)

@@ -240,6 +240,9 @@ def apply_factors(model: nn.Module, factors: str | os.PathLike[str] | Mapping[st
     positions are given out. Beam search, ``crop`` and copies of a cache are followed. A forward of several new tokens
     puts them all under the last one's regime, so speculative decoding may choose other tokens near a border.
 
+    A file serves one model's weights, those it names by their SHA-256, but only the rotation's shape is checked here: a
+    file that is for a tuned model is taken by its base, too, and serves it badly.
+
     Parameters
     ----------
     factors: path of a factor file, or its JSON already parsed.

@@ -13,11 +13,14 @@ from searcher.errors import LongRopeError
 from searcher.study import PARTS, REFINE, SEARCH_SHORT, SHORT
 from workers.dataset import (
     DEFAULT_QUOTAS,
+    Ask,
     DocumentSets,
     Quota,
     TokenisedDocument,
+    TooFewDocuments,
     Window,
     cut,
+    deal_for,
     default_cache_dir,
     draw_sets,
     named_sets,
@@ -133,8 +136,10 @@ def load_corpus(request: CorpusRequest, tokenizer: Any, length: int) -> Document
     return _deal(request, tokenizer, length)[0]
 
 
-def _deal(request: CorpusRequest, tokenizer: Any, length: int) -> tuple[DocumentSets, Sequence[TokenisedDocument]]:
-    """The sets, and the documents that those of the search set are among."""
+def _deal(
+    request: CorpusRequest, tokenizer: Any, length: int, parts: Sequence[str] = PARTS
+) -> tuple[DocumentSets, Sequence[TokenisedDocument]]:
+    """The sets of these parts, or of all; and the documents that those of the search set are among."""
     if bool(request.selection) != bool(request.test):
         raise LongRopeError(
             "Name both --selection-data and --test-data, or neither: all sets are then drawn from --data."
@@ -146,36 +151,60 @@ def _deal(request: CorpusRequest, tokenizer: Any, length: int) -> tuple[Document
     def tokens(sources: tuple[str, ...]) -> list[TokenisedDocument]:
         return tokenise(read_texts(sources, request.text_column), tokenizer, cache)
 
+    def only(quotas: Mapping[str, Quota]) -> dict[str, Quota]:
+        return {part: quotas[part] for part in parts}
+
     bos = tokenizer.bos_token_id
     if not request.sources:
         by_part = {part: tokens(tuple(str(path) for path in paths)) for part, paths in held_out_documents().items()}
-        return named_sets(by_part, length, request.quotas(), bos), by_part["search"]
+        return named_sets(by_part, length, only(request.quotas()), bos), by_part["search"]
     if request.selection:
         named = zip(PARTS, (request.sources, request.selection, request.test), strict=True)
         by_part = {part: tokens(sources) for part, sources in named}
-        return named_sets(by_part, length, request.named_quotas(by_part, length, bos), bos), by_part["search"]
+        return named_sets(by_part, length, only(request.named_quotas(by_part, length, bos)), bos), by_part["search"]
     documents = tokens(request.sources)
     if request.dealt:
         by_part = {part: [d for d in documents if d.sha256 in request.dealt[part]] for part in PARTS}
-        return named_sets(by_part, length, request.named_quotas(by_part, length, bos), bos), by_part["search"]
+        return named_sets(by_part, length, only(request.named_quotas(by_part, length, bos)), bos), by_part["search"]
     return draw_sets(documents, length, request.quotas(), request.seed, bos), documents
 
 
-def deal(request: CorpusRequest, tokenizer: Any, longest: int) -> CorpusRequest:
+def deal(request: CorpusRequest, tokenizer: Any, longest: int, asks: Sequence[Ask]) -> CorpusRequest:
     """The request with its documents dealt once, for windows of any length up to ``longest``.
 
     Which documents are long enough depends on the length, so a deal at each would let one be searched on here and
     tested on there. Where the sets are named there is nothing to deal.
+
+    Parameters
+    ----------
+    request: with the largest counts that a stage asks for. Where so many documents hold ``longest`` tokens, all are of
+        that length.
+    asks: of the stages. Where too few hold it, each stage gets what it asks for at its own length: ``deal_for``.
+
+    Raises
+    ------
+    LongRopeError
+        As ``load_corpus``; or too few documents are long enough for a stage.
     """
     if not request.sources or request.selection:
         return request
-    sets = load_corpus(request, tokenizer, longest)
-    dealt = {part: tuple(dict.fromkeys(window.source for window in sets.windows[part])) for part in PARTS}
+    try:
+        sets = load_corpus(request, tokenizer, longest)
+        dealt = {part: tuple(dict.fromkeys(window.source for window in sets.windows[part])) for part in PARTS}
+    except TooFewDocuments:
+        documents = tokenise(read_texts(request.sources, request.text_column), tokenizer, default_cache_dir())
+        chosen = deal_for(documents, asks, request.seed, tokenizer.bos_token_id)
+        dealt = {part: tuple(document.sha256 for document in chosen[part]) for part in PARTS}
     return replace(request, dealt=dealt)
 
 
 def study_windows(
-    request: CorpusRequest, tokenizer: Any, length: int, original_length: int, short_search: bool = False
+    request: CorpusRequest,
+    tokenizer: Any,
+    length: int,
+    original_length: int,
+    short_search: bool = False,
+    parts: Sequence[str] = PARTS,
 ) -> DocumentSets:
     """The sets of a search with two more, and needles planted where they are asked for.
 
@@ -184,18 +213,26 @@ def study_windows(
     document, then the second of each, and so on. A document without any comes last, with its search windows.
     ``search_short``, where it is asked for, is to the search windows what ``short`` is to the test windows.
 
+    Parameters
+    ----------
+    parts: the sets that are wanted; text that only others need may be too short. ``refine`` comes with ``search``, and
+        ``short`` with ``test``.
+
     Raises
     ------
     LongRopeError
         As ``load_corpus``; or a window does not hold the needles.
     """
-    sets, documents = _deal(request, tokenizer, length)
+    sets, documents = _deal(request, tokenizer, length, parts)
     bos = tokenizer.bos_token_id
-    windows = {**sets.windows, REFINE: _refine_windows(sets, documents, request.further, length, bos)}
+    windows = {part: sets.windows[part] for part in PARTS if part in parts}
+    if "search" in parts:
+        windows[REFINE] = _refine_windows(sets, documents, request.further, length, bos)
     if request.needles:
-        for part in ("search", "selection", REFINE):
+        for part in {"search", "selection", REFINE} & windows.keys():
             windows[part] = tuple(plant(w, tokenizer, request.seed, request.needles) for w in windows[part])
-    windows[SHORT] = _starts(windows["test"], tokenizer, original_length)
+    if "test" in parts:
+        windows[SHORT] = _starts(windows["test"], tokenizer, original_length)
     if short_search:
         windows[SEARCH_SHORT] = _starts(sets.windows["search"], tokenizer, original_length)
     return replace(sets, windows=windows)
@@ -243,7 +280,10 @@ def evaluation_windows(
 ) -> tuple[Window, ...]:
     """Windows of one length from every document that is long enough; the reference test documents if none is named."""
     documents = evaluation_documents(sources, text_column, tokenizer)
-    sets = named_sets({"test": documents}, length, {"test": Quota(None, windows)}, tokenizer.bos_token_id)
+    try:
+        sets = named_sets({"test": documents}, length, {"test": Quota(None, windows)}, tokenizer.bos_token_id)
+    except TooFewDocuments as error:
+        raise LongRopeError(f"{error.what}; lower --lengths, or name more or longer text with --data.") from error
     return sets.windows["test"]
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from searcher.errors import LongRopeError
-from searcher.study import Document
+from searcher.study import PARTS, Document
 from workers.sources import Text
 
 if TYPE_CHECKING:
@@ -80,6 +80,35 @@ class Quota:
                 f"A set needs at least 1 document and 1 window of each, but got {self.documents} and {self.windows}; "
                 "raise --search-documents, --selection-documents or --test-documents."
             )
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What one stage of several asks of the documents.
+
+    Attributes
+    ----------
+    name: of the stage, for people.
+    length: tokens of its windows.
+    quotas: by part, what it would have; only the parts it uses, and each with a number of documents.
+    needed: by part, the documents it cannot do without.
+    """
+
+    name: str
+    length: int
+    quotas: Mapping[str, Quota]
+    needed: Mapping[str, int]
+
+
+class TooFewDocuments(LongRopeError):
+    """Not enough documents are long enough; ``what`` says so without the advice, which is for ``longrope launch``."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"{what}; lower --target, --search-documents, --selection-documents or --test-documents, or name more or "
+            "longer text with --data."
+        )
+        self.what = what
 
 
 DEFAULT_QUOTAS: Mapping[str, Quota] = {"search": Quota(5, 1), "selection": Quota(3, 2), "test": Quota(4, 4)}
@@ -277,19 +306,61 @@ def draw_sets(
     needed = {part: _required(quota) for part, quota in quotas.items()}
     pool = sorted((d for d in documents if len(d.tokens) >= body), key=lambda d: _place(seed, d))
     if len(pool) < sum(needed.values()):
-        raise _too_few(documents, needed, length, bos)
+        raise TooFewDocuments(_shortage(documents, needed, length, bos))
     chosen = {part: [pool.pop(0) for _ in range(number)] for part, number in needed.items()}
     for part in reversed(chosen):
         _top_up(chosen[part], pool, quotas[part], body)
     return _cut_sets(chosen, documents, quotas, length, bos)
 
 
+def deal_for(
+    documents: Sequence[TokenisedDocument], asks: Sequence[Ask], seed: int, bos: int | None
+) -> dict[str, list[TokenisedDocument]]:
+    """Documents by part, disjoint, that serve stages of several lengths; each asks for its own counts only.
+
+    From the longest stage to the shortest every one gets what it needs beyond what longer ones have, in the order of
+    ``draw_sets``; then, in the same order, what is left over goes to sets that have fewer windows than they would. What
+    is enough for any deal is enough for this one.
+
+    Raises
+    ------
+    LongRopeError
+        Too few are long enough for a stage.
+    """
+    pool = sorted(documents, key=lambda d: _place(seed, d))
+    chosen: dict[str, list[TokenisedDocument]] = {part: [] for part in PARTS}
+    descending = sorted(asks, key=lambda ask: -ask.length)
+    needed: dict[str, int] = {}
+    for ask in descending:
+        body = _body(ask.length, bos)
+        needed = {part: max(needed.get(part, 0), ask.needed.get(part, 0)) for part in PARTS}
+        free = [d for d in pool if len(d.tokens) >= body]
+        missing = {part: number - len(chosen[part]) for part, number in needed.items()}
+        if len(free) < sum(max(0, number) for number in missing.values()):
+            raise TooFewDocuments(f"{ask.name}: {_shortage(documents, needed, ask.length, bos)}")
+        for part, number in missing.items():
+            for _ in range(number):
+                chosen[part].append(free.pop(0))
+        taken = {d.sha256 for members in chosen.values() for d in members}
+        pool = [d for d in pool if d.sha256 not in taken]
+    for ask in descending:
+        body = _body(ask.length, bos)
+        for part in reversed([part for part in PARTS if part in ask.quotas]):
+            members = [d for d in chosen[part] if len(d.tokens) >= body]
+            before = len(members)
+            _top_up(members, [d for d in pool if len(d.tokens) >= body], ask.quotas[part], body)
+            chosen[part] += members[before:]
+            pool = [d for d in pool if d not in members]
+    return chosen
+
+
 def named_sets(
     by_part: Mapping[str, Sequence[TokenisedDocument]], length: int, quotas: Mapping[str, Quota], bos: int | None
 ) -> DocumentSets:
-    """Sets that the user named: of each, the first documents that are long enough, or all of them.
+    """Sets that the user named: of each that has a quota, the first documents that are long enough, or all of them.
 
-    Where a quota has a number of documents, further ones are taken as in ``draw_sets``, from the same set's.
+    All sets must be disjoint, those without a quota too. Where a quota has a number of documents, further ones are
+    taken as in ``draw_sets``, from the same set's.
 
     Raises
     ------
@@ -308,16 +379,18 @@ def named_sets(
                     f"Sets must be disjoint, but the text of {document.name} is in both {other} and {part}; take it "
                     "out of one of them."
                 )
+        if part not in quotas:
+            continue
         needed = quotas[part].documents or 1
         pool = [d for d in documents if len(d.tokens) >= body]
         if len(pool) < needed:
-            raise _too_few(documents, {part: needed}, length, bos)
+            raise TooFewDocuments(_shortage(documents, {part: needed}, length, bos))
         if quotas[part].documents is None:
             chosen[part] = pool
         else:
             chosen[part] = pool[:needed]
             _top_up(chosen[part], pool[needed:], quotas[part], body)
-    return _cut_sets(chosen, [d for documents in by_part.values() for d in documents], quotas, length, bos)
+    return _cut_sets(chosen, [d for part in chosen for d in by_part[part]], quotas, length, bos)
 
 
 def _body(length: int, bos: int | None) -> int:
@@ -369,14 +442,11 @@ def _cut_sets(
     return DocumentSets(windows, tuple(d.name for d in documents if len(d.tokens) < body))
 
 
-def _too_few(
-    documents: Sequence[TokenisedDocument], needed: Mapping[str, int], length: int, bos: int | None
-) -> LongRopeError:
+def _shortage(documents: Sequence[TokenisedDocument], needed: Mapping[str, int], length: int, bos: int | None) -> str:
     lengths = sorted((len(d.tokens) + (bos is not None) for d in documents), reverse=True)
     longest = ", ".join(map(str, lengths[:LENGTHS_SHOWN])) or "none"
-    return LongRopeError(
+    return (
         f"{sum(needed.values())} documents of at least {length} tokens are needed "
-        f"({', '.join(f'{part} {number}' for part, number in needed.items())}), but of {len(documents)} documents "
-        f"{sum(n >= length for n in lengths)} are that long (tokens of the longest: {longest}); lower --target, "
-        "--search-documents, --selection-documents or --test-documents, or name more or longer text with --data."
+        f"({', '.join(f'{part} {n}' for part, n in needed.items() if n)}), but of {len(documents)} documents "
+        f"{sum(n >= length for n in lengths)} are that long (tokens of the longest: {longest})"
     )

@@ -346,12 +346,26 @@ def _load(request: TuneRequest) -> LoadedModel:
     return loaded
 
 
-def _with_lora(model: Any, tuning: Tuning) -> Any:
-    from peft import LoraConfig, get_peft_model
+def peft_package() -> Any:
+    """The peft package.
 
+    Raises
+    ------
+    LongRopeError
+        It is not installed.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise LongRopeError("LoRA is tuned with the peft package: pip install '.[lora]'.") from error
+    return peft
+
+
+def _with_lora(model: Any, tuning: Tuning) -> Any:
+    peft = peft_package()
     rank = tuning.lora_rank or 0
     alpha = 2 * rank if tuning.lora_alpha is None else tuning.lora_alpha
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear"))
+    return peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear"))
 
 
 @contextmanager

@@ -18,13 +18,54 @@ from pathlib import Path
 from typing import Any
 
 from searcher.errors import LongRopeError
+from searcher.tuning import Tuning
 from workers.checkpoints import Checkpoint
 from workers.finetune import MODEL, OnCheckpoint, OnLog, TuneRequest, tune
 from workers.packing import ChunkSource, TokenArray
 from workers.scorer import PoolRequest
-from workers.settings import prepare_local_ray
+from workers.settings import gpu_count, prepare_local_ray
 
 POLL = 0.5  # seconds between looks at whether the workers are still there
+
+
+def on_cluster(pool: PoolRequest | None) -> bool:
+    """Whether a fine-tuning is for the workers of a pool, and not for this process."""
+    return pool is not None and (pool.ray_address is not None or gpu_count() > 1)
+
+
+def check_devices(tuning: Tuning, pool: PoolRequest | None) -> None:
+    """Refuse, before anything is run, a fine-tuning that its devices could not do; what a far cluster has is not known.
+
+    Raises
+    ------
+    LongRopeError
+        Ray Train is missing, or there are no two GPUs to shard over.
+    """
+    most = 1
+    if pool is not None and on_cluster(pool):
+        _ray_train(pool)
+        most = tuning.micro_steps if pool.workers is None else pool.workers
+        if pool.ray_address is None:
+            most = min(most, gpu_count())
+        if pool.gpus_per_worker == 0:
+            most = 1
+    if tuning.fsdp is not None and all(tuning.micro_steps % workers for workers in range(2, most + 1)):
+        raise LongRopeError(
+            f"FSDP shards a model over several GPUs, but there are no two here that could share the "
+            f"{tuning.micro_steps} micro-batches of a step; leave fsdp out."
+        )
+
+
+def _ray_train(pool: PoolRequest) -> None:
+    """Import what is needed of Ray Train, or say how to have it."""
+    if pool.ray_address is None:
+        prepare_local_ray()
+    try:
+        import ray.train.torch  # noqa: F401
+    except ImportError as error:
+        raise LongRopeError(
+            "A fine-tuning on several GPUs or on a cluster is done with Ray Train: pip install '.[gpus]'."
+        ) from error
 
 
 def tune_on_cluster(

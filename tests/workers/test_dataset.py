@@ -25,11 +25,14 @@ from tests.limits import files_no_larger_than
 from workers import dataset
 from workers.dataset import (
     DEFAULT_QUOTAS,
+    Ask,
     DocumentSets,
     Quota,
     SetSize,
     TokenisedDocument,
+    TooFewDocuments,
     cut,
+    deal_for,
     default_cache_dir,
     draw_sets,
     named_sets,
@@ -332,6 +335,34 @@ def test_documents_that_are_not_drawn_do_not_change_the_draw() -> None:
     used = {w.source for windows in sets.windows.values() for w in windows}
     fewer = [d for d in documents if d.sha256 in used] + [document(10, 99)]
     assert names(draw_sets(fewer, 50, quotas, 3, 0)) == names(sets)
+
+
+@given(data=st.data())
+def test_a_deal_for_stages_serves_each_at_its_length_or_none_can(data: st.DataObject) -> None:
+    """Any set's documents of a stage are long enough and its own; where it is refused, counting says it cannot be."""
+    sizes = data.draw(st.lists(st.integers(4, 12), max_size=12))
+    documents = [document(size, i) for i, size in enumerate(sizes)]
+    counts = st.dictionaries(st.sampled_from(PARTS), st.integers(1, 3), min_size=1)
+    wanted = data.draw(st.lists(st.tuples(st.integers(4, 12), counts), min_size=1, max_size=3))
+    asks = [Ask(f"s{i}", n, {p: Quota(c, 2) for p, c in by.items()}, by) for i, (n, by) in enumerate(wanted)]
+    most = {
+        length: sum(max((by.get(part, 0) for n, by in wanted if n >= length), default=0) for part in PARTS)
+        for length, _ in wanted
+    }
+    if any(sum(size >= length for size in sizes) < number for length, number in most.items()):
+        with pytest.raises(TooFewDocuments, match=r"^s\d: \d+ documents of at least"):
+            deal_for(documents, asks, 0, None)
+        return
+    chosen = deal_for(documents, asks, 0, None)
+    together = [d.sha256 for members in chosen.values() for d in members]
+    assert len(together) == len(set(together))
+    for length, by in wanted:
+        for part, number in by.items():
+            assert sum(len(d.tokens) >= length for d in chosen[part]) >= number
+    backwards = deal_for(documents[::-1], asks, 0, None)
+    assert {part: {d.sha256 for d in members} for part, members in chosen.items()} == {
+        part: {d.sha256 for d in members} for part, members in backwards.items()
+    }
 
 
 def test_too_few_long_documents_says_how_many_and_how_long() -> None:
