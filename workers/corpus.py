@@ -109,7 +109,7 @@ class CorpusRequest:
         usual = self.quotas()
         long_enough = sum(len(document.tokens) + (bos is not None) >= length for document in by_part["search"])
         search = self.documents.get("search", min(long_enough, usual["search"].documents or 1) or 1)
-        test = max(usual["test"].windows, -(-LEAST_TEST_WINDOWS // len(by_part["test"])))
+        test = max(usual["test"].windows, -(-LEAST_TEST_WINDOWS // max(1, len(by_part["test"]))))
         return {
             "search": Quota(search, usual["search"].windows),
             "selection": Quota(self.documents.get("selection"), usual["selection"].windows),
