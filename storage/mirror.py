@@ -2,7 +2,8 @@
 
 The mirror is a journal file of Optuna's, apart from the store. It is written by whoever wants to look, never by the
 driver, and can be thrown away at any time. Bringing it up to date reads what is new and writes what is new: a trial is
-a candidate of the search documents that has an outcome, and does not change once its fate is known.
+a candidate of the search documents that has an outcome, and does not change once its fate is known; where a value of
+the newest generation is corrected after that, the whole study is mirrored anew.
 
 Not Optuna's SQL tables: with 65 parameters a trial takes them seconds of work, and a line of the journal a millisecond.
 """
@@ -143,11 +144,17 @@ class Mirror:
             if row.stage not in self._stages:
                 title = f"{self._name} {row.stage + 1} {names[row.stage]}" if names else self._name
                 self._stages[row.stage] = _Stage.create(self.storage, record, row, title, two)
-            written += self._stages[row.stage].put(row, other)
+            stage = self._stages[row.stage]
+            if stage.contradicts(row, other):  # Optuna changes no trial that has ended
+                self.storage.delete_study(stage.id)
+                return self._take(record)
+            written += stage.put(row, other)
         for stage in self._stages.values():
             stage.describe(record)
         if not two:
-            self._after = min(still_open, default=max((r.number for r in rows), default=self._after) + 1) - 1
+            newest = max(rows, key=lambda r: r.number, default=None)  # what it is made of may still be corrected
+            open_too = [r.number for r in rows if newest is not None and _place(r) == _place(newest)]
+            self._after = min([*still_open, *open_too], default=self._after + 1) - 1
         return written
 
 
@@ -158,10 +165,12 @@ class _Stage:
         self.storage, self.id = storage, id
         self.stage, self.bound = int(mark["stage"]), float(mark["bound"])
         self.trials: dict[int, tuple[int, TrialState]] = {}  # candidate's number -> trial
+        self.told: dict[int, tuple[list[float] | None, dict[int, float]]] = {}  # and its values, also on the way
         for trial in storage.get_all_trials(id, deepcopy=False):
             if MARK in trial.system_attrs:
-                self.trials[int(trial.system_attrs[MARK])] = (trial._trial_id, trial.state)
-        self.reported: dict[int, int] = {}
+                number = int(trial.system_attrs[MARK])
+                self.trials[number] = (trial._trial_id, trial.state)
+                self.told[number] = (trial.values, trial.intermediate_values)
 
     @classmethod
     def create(
@@ -178,19 +187,30 @@ class _Stage:
         storage.set_study_system_attr(id, MARK, mark)
         return cls(storage, id, mark)
 
+    def contradicts(self, row: ScoredCandidate, short: ScoredCandidate | None) -> bool:
+        """Whether a trial that has ended says something else than the store."""
+        state = self.trials.get(row.number, (0, TrialState.RUNNING))[1]
+        if state not in FINAL:
+            return False
+        trial = _trial(row, short, self.bound)
+        told = (trial.values, trial.intermediate_values)
+        # What comes of a failed candidate's other documents after its failure is left out.
+        return trial.state != state or (state != TrialState.FAIL and told != self.told[row.number])
+
     def put(self, row: ScoredCandidate, short: ScoredCandidate | None) -> bool:
         """Write a candidate where the mirror does not have it as it is; whether that was so."""
         trial = _trial(row, short, self.bound)
         if row.number not in self.trials:
             self.trials[row.number] = (self.storage.create_new_trial(self.id, trial), trial.state)
-            self.reported[row.number] = len(trial.intermediate_values)
+            self.told[row.number] = (trial.values, trial.intermediate_values)
             return True
         id, state = self.trials[row.number]
-        if state in FINAL or (state == trial.state and self.reported.get(row.number) == len(trial.intermediate_values)):
+        told = (trial.values, trial.intermediate_values)
+        if state in FINAL or (state == trial.state and self.told[row.number] == told):
             return False
         for step, value in trial.intermediate_values.items():
             self.storage.set_trial_intermediate_value(id, step, value)
-        self.reported[row.number] = len(trial.intermediate_values)
+        self.told[row.number] = told
         if trial.state != state:
             if "failure" in trial.user_attrs:
                 self.storage.set_trial_user_attr(id, "failure", trial.user_attrs["failure"])
@@ -259,6 +279,10 @@ def _mirrored(storage: JournalStorage, record: StudyRecord) -> list[_Stage]:
         else:
             storage.delete_study(study._study_id)
     return found
+
+
+def _place(row: ScoredCandidate) -> tuple[int, str, int]:
+    return row.stage, row.part, row.generation
 
 
 def _two_objectives(record: StudyRecord) -> bool:

@@ -130,6 +130,32 @@ def test_a_mirror_that_followed_equals_one_that_came_late(
     repository.close()
 
 
+def test_a_correction_reaches_trials_that_have_ended(repository: Repository, path: Path) -> None:
+    """As long as the generation is the newest one, also where another process goes on with the mirror."""
+    repository.create_study("s", "search", {})
+    with repository.open_study("s") as store:
+        keys = add(store, "search", 0, 2)
+        for row in keys:
+            for key in row:
+                store.record(Outcome(key, 20.0, 10))
+        mirror = Mirror(repository, "s", path)
+        mirror.sync()
+        for value in (10.0, math.nan, 30.0):
+            store.correct(Outcome(keys[0][1], value, 10, failure=None if math.isfinite(value) else "nan"))
+            mirror.sync()
+            first, second = trials(path)
+            late = Mirror(repository, "s", path.with_name(f"{value}.log"))
+            late.sync()
+            assert [told(first), told(second)] == [told(trial) for trial in trials(late.path)]
+            late.close()
+            mirror.close()
+            mirror = Mirror(repository, "s", path)
+        assert first.value == pytest.approx(math.exp(7 / 3))
+        add(store, "search", 1, 1)
+        assert mirror.sync().written == 0
+    mirror.close()
+
+
 def test_two_objectives_are_two_values(repository: Repository, path: Path) -> None:
     repository.create_study("s", "search", TWO)
     with repository.open_study("s") as store:
