@@ -55,6 +55,8 @@ def deal_for_plan(corpus: CorpusRequest, plan: ExtensionPlan, tokenizer: Any) ->
         for part in PARTS
         if (counts := [stage.documents[part] for stage in plan.stages if part in stage.documents])
     }
+    if any(stage.kind == EVALUATE and "test" not in stage.documents for stage in plan.stages):
+        largest.pop("test", None)  # it reports on all there are, though a search's own report may make do with few
     most = {**corpus.documents, **largest}
     longest = max(stage.length for stage in plan.stages)
     try:

@@ -8,6 +8,7 @@ import re
 import shutil
 import sqlite3
 import sys
+import tomllib
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,15 +19,17 @@ import torch
 from report_reader import Page
 from safetensors.torch import load_file, save_file
 from test_kill_extension import PLAN, training_text
-from tiny_models import write_model
+from tiny_models import byte_tokenizer, write_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from commands.extension_text import deal_for_plan
 from searcher.plan_file import parse_plan
 from searcher.second import TUNED
 from searcher.tuning import Tuning
 from storage.factor_file import read
 from tests.conftest import Ended, Longrope
 from workers.apply import apply_factors
+from workers.corpus import CorpusRequest
 from workers.model import NO_WINDOW, ModelRequest, load_model, model_digest
 from workers.perplexity import negative_log_likelihood
 
@@ -472,3 +475,13 @@ def test_a_plan_is_shown_with_its_costs_and_nothing_begins(longrope: Longrope, t
     assert [cost["name"] for cost in shown["costs"]] == [stage["name"] for stage in shown["stages"]]
     assert all(f"{cost['forwards']:,}" in ended.out for cost in shown["costs"])
     assert not list(tmp_path.glob("*.db"))
+
+
+@pytest.mark.parametrize(("stated", "dealt"), [("", 4), ("documents = { test = 2 }\n", 2)])
+def test_an_evaluation_has_more_test_documents_than_a_search_that_reports_on_one(
+    stated: str, dealt: int, text_folder: Path
+) -> None:
+    search = '[[stages]]\nkind = "search"\nlength = "2x"\ndocuments = { search = 2, selection = 1, test = 1 }\n'
+    plan = parse_plan(tomllib.loads(f'{search}[[stages]]\nkind = "evaluate"\nlengths = ["2x"]\n{stated}'), "p", 64)
+    corpus = deal_for_plan(CorpusRequest((str(text_folder),)), plan, byte_tokenizer())
+    assert {part: len(texts) for part, texts in corpus.dealt.items()} == {"search": 2, "selection": 1, "test": dealt}
