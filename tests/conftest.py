@@ -23,6 +23,8 @@ from postgres_server import Server
 # Ray reads them once a process, wherever it is imported first.
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+# A shell ignores Ctrl-C for what it runs in the background, and what this starts would too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # A busy machine is no fault of the code's.
 settings.register_profile("any-speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any-speed")
