@@ -4,6 +4,9 @@
 all of its workers again, which is what it cost in seconds; then the next comes. At the end the study is left in peace,
 and its factor file, candidates and values must be those of a run in one process that nothing happened to.
 
+In every second study workers also return wrong values that look right. What was built upon before they are found out
+stays, so such a study must be the one that a run in one process makes of the values in its store.
+
 What it has seen is kept under ``--work``: the same command again goes on counting, with a new study.
 """
 
@@ -54,6 +57,7 @@ PACE = 0.35  # seconds that an evaluation takes longer while there are faults to
 HANG_AFTER = 3.0  # --time-limit
 PATIENCE = 120.0  # seconds for a study to compute again
 NODES = 3  # at most, of one core each
+AUDIT_EVERY = 1  # where workers lie: idle ones look at whatever they can
 READ_ONLY = "ALTER DATABASE {} SET default_transaction_read_only = {}"
 
 
@@ -96,6 +100,12 @@ def faulty(folder: str) -> Any:
             outcome = replace(outcome, seconds=time.perf_counter() - began)
             if order == "garbage":
                 return None
+            if order == "lie":
+                self._lies = True
+            if order == "wrong" or getattr(self, "_lies", False):
+                with Path(folder, "lies").open("a") as log:
+                    log.write(f"{unit.key}\n")
+                return replace(outcome, nll=outcome.nll * (1 - 2**-20))
             if order == "tokens":
                 return replace(outcome, tokens=1)
             if order == "nan":
@@ -119,7 +129,9 @@ def drive(command: list[str], folder: Path, log: Path, ray_workers: bool) -> Non
         import ray
 
         import workers.crew
+        import workers.pool
 
+        workers.pool.AUDIT_EVERY = AUDIT_EVERY
         worker = faulty(str(folder))
         workers.crew.create_worker = lambda cpus, gpus: ray.remote(
             num_cpus=cpus, num_gpus=gpus, max_restarts=0, max_task_retries=0
@@ -214,9 +226,9 @@ class Soak:
         self.nodes = [self.cluster.add_node(num_cpus=1) for _ in range(2)]
         self.driver: Any = None
 
-    def begin(self, folder: Path, options: list[str]) -> None:
-        """A new study, in a new database."""
-        self.folder, self._options = folder, options
+    def begin(self, folder: Path, options: list[str], lies: bool) -> None:
+        """A new study, in a new database; ``lies``: its workers may return wrong values that look right."""
+        self.folder, self._options, self.lies = folder, options, lies
         for name in ("orders", "taken"):
             (folder / name).mkdir(parents=True)
         (folder / "pace").write_text(str(PACE))
@@ -357,6 +369,13 @@ class Soak:
     def _garbage_nan(self) -> None:
         self._by_order("nan")
 
+    def _wrong_once(self) -> None:
+        self._by_order("wrong")
+
+    def _wrong_from_now_on(self) -> None:
+        """Until it is found out, or something else ends it."""
+        self._by_order("lie")
+
     def _new_worker_wrong(self) -> None:
         """A worker dies, and the one in its place computes something else."""
         self.order("probe")
@@ -403,7 +422,7 @@ class Soak:
             kinds.remove("node_killed")
         if len(self.nodes) == NODES:
             kinds.remove("node_joins")
-        return self._draw.choice(kinds)
+        return self._draw.choice([kind for kind in kinds if self.lies or kind not in LIES])
 
 
 KINDS = {
@@ -418,6 +437,8 @@ KINDS = {
     "_garbage_nothing": "worker returns an object of another type",
     "_garbage_tokens": "worker returns a wrong number of tokens",
     "_garbage_nan": "worker returns NaN where the loss is finite",
+    "_wrong_once": "worker returns a wrong finite value once",
+    "_wrong_from_now_on": "worker returns wrong finite values until it is found out",
     "_new_worker_wrong": "worker killed, its replacement computes wrong values",
     "_node_killed": "node killed",
     "_node_joins": "node joins",
@@ -426,6 +447,34 @@ KINDS = {
     "_table_locked": "table locked for 2 s",
     "_disk_full": "PostgreSQL refuses writes for 1.5 s, as on a full disk",
 }
+
+
+LIES = ("wrong_once", "wrong_from_now_on")
+
+
+def replayed(folder: Path, url: str, options: list[str]) -> tuple[dict[str, list[Any]], bytes]:
+    """The study that a run in one process makes of the values in a store."""
+    from sqlalchemy import insert, select
+
+    from storage.models import Evaluation
+    from storage.repository import Repository
+
+    folder.mkdir()
+    copy = f"sqlite:///{folder / 'store.db'}"
+    Repository(copy).close()
+    source, target = create_engine(url), create_engine(copy)
+    with source.connect() as theirs, target.begin() as ours:
+        rows = [dict(row) for row in theirs.execute(select(Evaluation.__table__)).mappings()]
+        ours.execute(insert(Evaluation.__table__), rows)
+    source.dispose()
+    target.dispose()
+    own = [option for option in options if not option.startswith("--out")]
+    command = ["launch", f"--study={NAME}", f"--storage={copy}", "--in-process", f"--out={folder}", *own]
+    driver = start_driver(command, folder, folder / "driver.log", False)
+    driver.join()
+    if driver.exitcode != 0:
+        raise RuntimeError((folder / "driver.log").read_text())
+    return trajectory(copy), (folder / f"{NAME}-factors.json").read_bytes()
 
 
 def undisturbed(folder: Path, options: list[str]) -> tuple[dict[str, list[Any]], bytes, float]:
@@ -463,7 +512,11 @@ def report(results: dict[str, Any]) -> str:
         f"{results['minutes']:.0f} minutes; Ray nodes: 1 to {NODES}, of a worker each.",
         "",
         f"Studies that ended with the factor file, the candidates and the values of an untroubled run: "
-        f"{results['equal']} of {results['ended']}.",
+        f"{results['equal']} of {results['ended'] - results['with_lies']}.",
+        "",
+        f"Studies whose workers returned {results['lies']} wrong values that look right: {results['with_lies']}. Of "
+        f"these, {results['consistent']} are what a run in one process makes of the values in their store, and "
+        f"{results['healed']} ended as the untroubled run.",
         "",
         "| fault | times | seconds until all workers compute again: median | most | evaluations started again | "
         "driver started again |",
@@ -520,7 +573,7 @@ def main() -> None:
             (books / f"{number}.txt").write_text(" ".join(draw.choices(words, k=700))[:700])
     kept = work / "state.json"
     state = json.loads(kept.read_text()) if kept.exists() else {"faults": [], "studies": 0, "ended": 0, "equal": 0}
-    state.setdefault("minutes", 0.0)
+    state = {"minutes": 0.0, "with_lies": 0, "lies": 0, "consistent": 0, "healed": 0, **state}
     before = state["minutes"]
     options = [f"--model={model}", f"--data={books}", f"--generations={args.generations}", *SEARCH.split()]
     expected, factors, seconds = undisturbed(work / "undisturbed", options)
@@ -535,7 +588,7 @@ def main() -> None:
             state["studies"] += 1
             folder = work / f"study{state['studies']}"
             shutil.rmtree(folder, ignore_errors=True)
-            soak.begin(folder, [*options, f"--out={folder}"])
+            soak.begin(folder, [*options, f"--out={folder}"], state["studies"] % 2 == 0 or bool(args.kinds))
             (version,) = soak.server.execute("SHOW server_version")[0]
             start = time.time()
             soak.wait(lambda: soak.computes(start), 600)  # noqa: B023
@@ -556,9 +609,17 @@ def main() -> None:
                 raise RuntimeError("the study did not come to its end")
             soak.driver.join(60)
             state["ended"] += 1
-            same = trajectory(soak.url.replace("postgresql:", "postgresql+psycopg:")) == expected
-            same = same and (folder / f"{NAME}-factors.json").read_bytes() == factors
-            state["equal"] += same
+            url = soak.url.replace("postgresql:", "postgresql+psycopg:")
+            became = trajectory(url), (folder / f"{NAME}-factors.json").read_bytes()
+            lied = len((folder / "lies").read_text().split()) if (folder / "lies").exists() else 0
+            same = became == (expected, factors)
+            if lied:
+                state["with_lies"] += 1
+                state["lies"] += lied
+                state["consistent"] += became == replayed(folder / "replay", url, options)
+                state["healed"] += same
+            else:
+                state["equal"] += same
             kept.write_text(json.dumps(state))
             print(f"study {state['studies']}: {'the same' if same else 'NOT THE SAME'}", flush=True)
     results = {
