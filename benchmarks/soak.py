@@ -616,12 +616,13 @@ def main() -> None:
             if lied:
                 state["with_lies"] += 1
                 state["lies"] += lied
-                state["consistent"] += became == replayed(folder / "replay", url, options)
                 state["healed"] += same
+                same = became == replayed(folder / "replay", url, options)
+                state["consistent"] += same
             else:
                 state["equal"] += same
             kept.write_text(json.dumps(state))
-            print(f"study {state['studies']}: {'the same' if same else 'NOT THE SAME'}", flush=True)
+            print(f"study {state['studies']}: {'as it should be' if same else 'NOT AS IT SHOULD BE'}", flush=True)
     results = {
         **state,
         "arguments": f"--faults {args.faults} --minutes {args.minutes:g} --generations {args.generations}",
