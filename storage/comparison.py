@@ -177,7 +177,7 @@ def comparison_tables(found: Comparison) -> list[Table | str]:
     settings = _table("Settings that differ", "setting", names)
     for key, row in found["settings"].items():
         settings.add_row(key, *(_shown(row[name]) for name in names))
-    shown: list[Table | str] = [settings]
+    shown: list[Table | str] = [settings] if found["settings"] else ["No setting differs."]
     for part, methods in found["scores"].items():
         table = _table(f"Perplexity on the {part} documents", "method", names)
         for method, row in methods.items():

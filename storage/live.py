@@ -139,6 +139,8 @@ class Watcher(_OnScreen):
             self._advance(units - pending)
             picture.found = self._found
             self._gradients_left -= (units - pending) * (part == REFINE)
+        if part in ("selection", "test") and pending and self._label == self._search_label and not self._screen.is_on:
+            self._console.print(f"scoring on the {part} documents: {pending} evaluations", highlight=False)
 
     def evaluated(self, outcome: Outcome) -> None:
         with self._lock:

@@ -239,7 +239,8 @@ def studies_table(summaries: Sequence[StudySummary]) -> Table:
     table = Table()
     words = ("study", "kind", "status", "stage")
     for column in (*words, "candidates", "evaluations", "failed", "raced out", "changed (UTC)"):
-        table.add_column(column, justify="left" if column in words else "right")
+        # Nobody can resume a study whose name is cut.
+        table.add_column(column, justify="left" if column in words else "right", no_wrap=column == "study")
     for s in summaries:
         table.add_row(
             s.name,

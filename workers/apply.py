@@ -316,7 +316,9 @@ def _load(path: str | os.PathLike[str]) -> Any:
         if len(data) > _LARGEST:
             raise ValueError(f"it is larger than {_LARGEST >> 20} MiB, which no factor file is")
         return json.loads(data.decode("utf-8-sig"), object_pairs_hook=_without_duplicates)
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise FactorsError(f"{os.fspath(path)} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
         raise FactorsError(f"{os.fspath(path)} cannot be read as JSON: {error}") from error
 
 

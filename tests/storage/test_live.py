@@ -80,7 +80,8 @@ class TestOnAPipe:
         run(quiet, "refined", 0, 5, 5, 0.9)
         run(quiet, "selection", 0, 5, 5, 0.2)
         run(quiet, "search", 1, 5, 5, 0.95)
-        *_, leg, last = output(quiet).splitlines()
+        *_, leg, ahead, last = output(quiet).splitlines()
+        assert ahead == "scoring on the selection documents: 5 evaluations"
         assert leg.startswith(f"refinement: best perplexity {math.exp(0.9):.4f}")
         assert f"best perplexity {math.exp(0.9):.4f}" in last
         assert "raced out" not in quiet.summary()

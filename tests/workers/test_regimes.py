@@ -652,7 +652,12 @@ def test_a_file_that_is_not_valid_or_of_another_model_is_refused(
 def test_what_is_not_json_is_refused(llama: Any, tmp_path: Path) -> None:
     (tmp_path / "broken.json").write_text("{")
     for name in ("broken.json", "missing.json", "."):
-        with pytest.raises(FactorsError, match="cannot be read as JSON"):
+        with pytest.raises(
+            FactorsError,
+            match="cannot be read: (No such file|Is a directory)"
+            if name != "broken.json"
+            else "cannot be read as JSON",
+        ):
             apply_factors(llama, str(tmp_path / name))
 
 
