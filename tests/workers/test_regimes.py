@@ -651,7 +651,8 @@ def test_a_file_that_is_not_valid_or_of_another_model_is_refused(
 
 def test_what_is_no_json_file_is_refused(llama: Any, tmp_path: Path) -> None:
     (tmp_path / "broken.json").write_text("{")
-    for name, why in (
+    reasons = {"broken.json": "cannot be read as JSON", "missing.json": "read: No such", ".": "read: Is a directory"}
+    for name, why in reasons.items():
         ("broken.json", "cannot be read as JSON"),
         ("missing.json", "read: No such"),
         (".", "read: Is a"),
