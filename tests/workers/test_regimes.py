@@ -653,10 +653,6 @@ def test_what_is_no_json_file_is_refused(llama: Any, tmp_path: Path) -> None:
     (tmp_path / "broken.json").write_text("{")
     reasons = {"broken.json": "cannot be read as JSON", "missing.json": "read: No such", ".": "read: Is a directory"}
     for name, why in reasons.items():
-        ("broken.json", "cannot be read as JSON"),
-        ("missing.json", "read: No such"),
-        (".", "read: Is a"),
-    ):
         with pytest.raises(FactorsError, match=why):
             apply_factors(llama, str(tmp_path / name))
 
