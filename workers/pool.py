@@ -99,7 +99,7 @@ class RayScorer(Crew):
                     self._past |= asked
                     return
                 timeout = LOOK
-        finally:  # closed midway: what is in flight belongs to nobody
+        except GeneratorExit:  # closed midway: what is in flight belongs to nobody
             for opinions in self._undecided():
                 del self._opinions[opinions.unit.key]
             for place in self._places:
@@ -107,6 +107,7 @@ class RayScorer(Crew):
                     self._opinions.pop(place.unit.key, None)
                     place.unit = None
                     self._replace(place, "its call was given up", quiet=True)
+            raise
 
     def built_upon(self, keys: Collection[str]) -> None:
         """The study has decided by values that it did not ask for again; those it asked for are known here."""
