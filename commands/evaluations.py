@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from searcher.errors import LongRopeError
+from searcher.plan import ShippedAt
 from searcher.rope import Factors, RopeSpec
 from searcher.study import Document, Unit, evaluation_key
 from storage.factor_file import FactorFile
@@ -20,7 +21,6 @@ from workers.dataset import TokenArray, TokenisedDocument
 from workers.evaluate import (
     OWN,
     Method,
-    ShippedAt,
     evaluate_methods,
     methods_at,
     perplexity_by_length,

@@ -136,10 +136,11 @@ def model_of(file: FactorFile, model: str | None) -> tuple[Path, Mapping[str, An
     return folder, read_config_json(folder)
 
 
-def window_in_force(numerics: Mapping[str, Any], config: Mapping[str, Any]) -> int | None:
-    """The attention window that scores were computed under; None where the config states it already."""
+def window_in_force(file: FactorFile, config: Mapping[str, Any]) -> int | None:
+    """The attention window that a file's scores were computed under; None where the config states it already."""
     from workers.model import NO_WINDOW
 
+    numerics: Any = file.provenance.get("numerics") or {}
     window: int | None = numerics.get("sliding_window")
     if window is None and config.get("sliding_window") is not None and numerics:
         return NO_WINDOW  # it was off, or never reached
@@ -163,7 +164,7 @@ def _config_form(
     folder, config = model_of(file, model)
     numerics: Any = file.provenance.get("numerics") or {}
     taken = take(file, form_room(form, file.model.family), *how)
-    patch = config_patch(form, taken, config, window_in_force(numerics, config), numerics.get("dtype"))
+    patch = config_patch(form, taken, config, window_in_force(file, config), numerics.get("dtype"))
     command = None
     if CONFIGS[form].folder and not is_config:
         write_model_folder(folder, target, patch, taken.target_length)

@@ -261,8 +261,7 @@ class Driver:
         try:
             taken = take(file, form_room("transformers", identity.family))
             config = read_config_json(base)
-            numerics: Any = file.provenance.get("numerics") or {}
-            patch = config_patch("transformers", taken, config, window_in_force(numerics, config))
+            patch = config_patch("transformers", taken, config, window_in_force(file, config))
             (work / "config-patch.json").write_text(json.dumps(patch, indent=2) + "\n", encoding="utf-8")
             notes.append("config-patch.json (for transformers' own RoPE; put the base model's config back after it)")
         except LongRopeError as error:

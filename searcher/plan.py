@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
@@ -20,6 +20,8 @@ from searcher.space import GRID, N_HATS, SearchSpace
 # What the paper seeds with (section 3.2); the other presets start from every baseline there is.
 PAPER_SEEDS = ("pi", "ntk", "yarn")
 SHIPPED = "shipped"
+# What the scaling that a model's own config states amounts to at a length, in tokens; None where it states none.
+ShippedAt = Callable[[int], Factors | None]
 
 
 @dataclass(frozen=True)

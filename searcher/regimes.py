@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 
 from searcher.baselines import BASELINES
 from searcher.extension import BASE, FINETUNE, RECOVER, SEARCH, Evaluation, ExtensionPlan
-from searcher.plan import SHIPPED
+from searcher.plan import SHIPPED, ShippedAt
 from searcher.rope import Factors, RopeSpec, attention_factor
 from searcher.second import stage_plan, tuning_factors
 
@@ -26,10 +26,6 @@ class Place:
     longest: int
     source: str
     factors: Factors
-
-
-# What the scaling that a model's own config states amounts to at a length, in tokens; None where it states none.
-ShippedAt = Callable[[int], Factors | None]
 
 
 def unscaled(_length: int) -> None:
@@ -119,31 +115,32 @@ def rows(
     table = []
     for name in evaluation.baselines:
         make = BASELINES[name]
-        own = {n: make(spec, max(1.0, spec.scale(n))) for n in lengths}
+        made = {n: make(spec, max(1.0, spec.scale(n))) for n in lengths}
         policy = evaluation.attention_factor
         shared = {
             n: replace(factors, attention_factor=attention_factor(policy, spec, spec.scale(n)))
-            for n, factors in own.items()
+            for n, factors in made.items()
         }
-        table.append(Row(name, BASE, own))
-        if shared != own:
+        table.append(Row(name, BASE, made))
+        if shared != made:
             table.append(Row(f"{name}, attention {policy}", BASE, shared))
-    if any(shipped_at(n) is not None for n in lengths):
-        table.append(Row(SHIPPED, BASE, {n: _own(spec, shipped_at, n).factors for n in lengths}))
+    own = {n: _own(spec, shipped_at, n) for n in lengths}  # each reads the model's config
+    if any(place.source == SHIPPED for place in own.values()):
+        table.append(Row(SHIPPED, BASE, {n: place.factors for n, place in own.items()}))
     untuned = [
         Place(stage.length, stage.name, found[stage.name])
         for stage in sorted(plan.of_kind(SEARCH), key=lambda stage: stage.length)
         if stage.model == BASE and stage.name in found
     ]
-    own = {n: _own(spec, shipped_at, n).factors for n in lengths if n <= spec.original_length}
+    within = {n: place.factors for n, place in own.items() if n <= spec.original_length}
     if untuned:
-        by_length = {n: own[n] if n in own else serving(untuned, n) for n in lengths}
+        by_length = {n: within[n] if n in within else serving(untuned, n) for n in lengths}
         table.append(Row("longrope, not tuned", BASE, by_length))
     for line in plan.lines()[1:]:
         last = plan.stage(plan.final_model(line))
         fixed, make = tuning_factors(last, spec, found), BASELINES[line]
         by_length = {n: fixed if n <= last.length else make(spec, spec.scale(n)) for n in lengths}
-        short = own if last.tuning.mixed_window else {}
+        short = within if last.tuning.mixed_window else {}
         table.append(Row(f"{line}, tuned", last.name, {**by_length, **short}))
     model = plan.final_model()
     if model != BASE:

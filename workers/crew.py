@@ -32,7 +32,6 @@ REPLACEMENTS = 3
 FORGIVEN = 100  # evaluations after which a place is as good as any: memory does flip a bit once in a while
 START_TIMEOUT = 1800.0  # seconds; reading the weights of a large model from a slow disk
 LOOK = 2.0  # seconds between looks at the cluster, and at who is late
-NO_INFO = "A worker described its model by an object of type {}; look for a broken device, or other software."
 STORE_SHARE = 0.8  # of a node's object store that shared weights may fill
 
 
@@ -57,6 +56,15 @@ class Place:
     late_since: float | None = None
     set_aside: int = 0
     good: int = 0  # evaluations since then
+
+
+def _check_info(given: object) -> ModelInfo:
+    if not isinstance(given, ModelInfo):
+        raise LongRopeError(
+            f"A worker described its model by an object of type {type(given).__name__}; look for a broken device, or "
+            "other software."
+        )
+    return given
 
 
 class Crew:
@@ -234,8 +242,7 @@ class Crew:
         described: list[ModelInfo] = self._gather([place.call for place in places])
         for place, info in zip(places, described, strict=True):
             place.call = None
-            if not isinstance(info, ModelInfo):
-                raise LongRopeError(NO_INFO.format(type(info).__name__))
+            _check_info(info)
         return described
 
     def _gather(self, calls: list[Any]) -> list[Any]:
@@ -257,8 +264,7 @@ class Crew:
         return values
 
     def _check_profile(self, other: object) -> None:
-        if not isinstance(other, ModelInfo):
-            raise LongRopeError(NO_INFO.format(type(other).__name__))
+        other = _check_info(other)
         if other.fingerprint == self.info.fingerprint and other.probe not in (None, self.info.probe):
             raise LongRopeError("it gave another loss of a known text than the others")
         if other.fingerprint != self.info.fingerprint:

@@ -12,7 +12,7 @@ so its figure would measure that damage, not how far the model reads.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Protocol
 
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from searcher.baselines import BASELINES, none
 from searcher.errors import LongRopeError
-from searcher.plan import SHIPPED
+from searcher.plan import SHIPPED, ShippedAt
 from searcher.rope import Factors, RopeSpec, attention_factor
 from searcher.study import Document, Outcome, Score, Scorer, Unit, evaluation_key, total
 from workers.dataset import TokenisedDocument, Window, cut
@@ -34,7 +34,6 @@ from workers.sinks import Sinks, refusal, token_losses_with_sinks
 from workers.sliding import Bucket, by_position, default_stride, log_spaced, scored_positions, sliding_windows
 
 Regimes = Sequence[tuple[int, int, Factors]]  # (min_length, max_length, factors), both lengths included
-ShippedAt = Callable[[int], Factors | None]
 
 OWN = "own"  # each method under its own attention factor
 SINKS = "attention_sinks"
