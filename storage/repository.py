@@ -6,7 +6,7 @@ import difflib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from itertools import groupby
 from typing import Any
@@ -128,19 +128,26 @@ class Repository:
         LongRopeError
             The name is in use.
         """
-        moment = now()
-        self._repeat(lambda: self._create_study(moment, name, kind, settings, planned))
+        moment, maker = now(), asdict(lease.Owner.of(os.getpid()))
+        self._repeat(lambda: self._create_study(moment, maker, name, kind, settings, planned))
 
     def _create_study(
         self,
         moment: datetime,
+        maker: dict[str, Any],
         name: str,
         kind: str,
         settings: Mapping[str, JSON],
         planned: Sequence[tuple[str, Mapping[str, JSON]]],
     ) -> None:
         study = Study(
-            name=name, kind=kind, settings=dict(settings), status=RUNNING, created_at=moment, updated_at=moment
+            name=name,
+            kind=kind,
+            settings=dict(settings),
+            status=RUNNING,
+            created_at=moment,
+            updated_at=moment,
+            lease_owner=maker,  # who holds no lease yet, but can be told from a rival of the same moment
         )
         try:
             with self._writing("try again") as session:
@@ -152,7 +159,8 @@ class Repository:
                 )
         except IntegrityError:
             with self._reading() as session:
-                if session.scalars(select(Study.created_at).where(Study.name == name)).first() == moment:
+                made = select(Study.created_at, Study.lease_owner).where(Study.name == name)
+                if session.execute(made).first() == (moment, maker):
                     return  # by an earlier try, whose answer was lost
             raise LongRopeError(
                 f"There is a study {name!r} already: go on with it by `longrope resume {name}`, or choose another "

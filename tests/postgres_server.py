@@ -97,7 +97,8 @@ class Server:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         self._server.wait()
-        psutil.wait_procs(processes, timeout=30)
+        while any(_runs(process) for process in processes):
+            time.sleep(0.01)
 
     def execute(self, statement: str, database: str = "postgres") -> list[tuple[object, ...]]:
         """One statement past everything else, as the superuser; its rows."""
@@ -141,6 +142,14 @@ class Server:
             self._server.send_signal(signal.SIGQUIT)  # at once, without a last checkpoint
             self._server.wait()
         self._undertaker.communicate()
+
+
+def _runs(process: psutil.Process) -> bool:
+    """Not so a zombie, which whoever inherited it may leave for a while."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _programs(copy_to: Path | None) -> Path:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import random
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
@@ -68,6 +70,21 @@ class TestStudies:
         with pytest.raises(LongRopeError, match=r"'s' already.*longrope resume s.*another name"):
             repository.create_study("s", "extend", {})
         assert repository.study("s").settings == {"kept": 1}
+
+    def test_a_name_in_use_by_another_process_since_the_same_microsecond(
+        self, repository: Repository, store_url: str
+    ) -> None:
+        """The moment of its creation tells an earlier try of one process from a rival only with the process itself."""
+        repository.create_study("s", "search", {})
+        rival = f"""if True:
+            import datetime, sys
+            import storage.repository
+            storage.repository.now = lambda: {repository.study("s").created_at!r}
+            storage.repository.Repository({store_url!r}).create_study("s", "search", {{}})
+        """
+        ended = subprocess.run([sys.executable, "-c", rival], capture_output=True, text=True, check=False)
+        assert ended.returncode == 1
+        assert "LongRopeError: There is a study 's' already" in ended.stderr
 
     def test_an_unknown_name(self, repository: Repository) -> None:
         with pytest.raises(LongRopeError, match="holds none"):
