@@ -54,11 +54,11 @@ def dashboard(
     from storage.repository import Repository
 
     repository = Repository(storage, create=False)
-    repository.study(study)  # before a file is made
+    goes_on = repository.study(study).status == "running"  # asked before a file is made
     console = open_console(stderr=as_json)
     with closing(Mirror(repository, study, mirror or Path(f"{stem(study)}-optuna.log"))) as kept:
         if not mirror_only:
-            _serve(kept, study, host, port, every, console, as_json)
+            _serve(kept, study, host, port, every, console, as_json, goes_on)
             return
         synced = kept.sync()
     if as_json:
@@ -68,7 +68,9 @@ def dashboard(
     console.print(f"mirror: {kept.path}", highlight=False, soft_wrap=True)
 
 
-def _serve(mirror: Mirror, study: str, host: str, port: int, every: float, console: Console, as_json: bool) -> None:
+def _serve(
+    mirror: Mirror, study: str, host: str, port: int, every: float, console: Console, as_json: bool, goes_on: bool
+) -> None:
     """Serve the dashboard, and follow the study, until Ctrl-C."""
     try:
         from optuna_dashboard import wsgi
@@ -84,7 +86,8 @@ def _serve(mirror: Mirror, study: str, host: str, port: int, every: float, conso
         if as_json:
             print_json({"study": study, "url": url, "mirror": str(mirror.path)})
             sys.stdout.flush()
-        console.print(f"dashboard of {study}: {url} (Ctrl-C ends it; the search goes on)", highlight=False)
+        ends = "Ctrl-C ends it; the search goes on" if goes_on else "Ctrl-C ends it"
+        console.print(f"dashboard of {study}: {url} ({ends})", highlight=False)
         if host not in LOOPBACK:
             console.print(
                 f"Whoever reaches {host} can look at the mirror and change it; there is no password.", highlight=False

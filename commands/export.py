@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from commands.options import DEFAULT_STORAGE, AsJson, Storage, open_console, print_json, stem, write_text
+from commands.options import (
+    DEFAULT_STORAGE,
+    AsJson,
+    Overwrite,
+    Storage,
+    open_console,
+    print_json,
+    refuse_to_replace,
+    stem,
+    write_text,
+)
 from searcher.errors import LongRopeError
 
 if TYPE_CHECKING:
@@ -41,6 +51,7 @@ def export(
     ] = "file",
     by_layer: Annotated[bool, typer.Option("--by-layer", help="csv: a line for every layer.")] = False,
     gguf: Annotated[Path | None, typer.Option(help="gguf: the file to copy with the factors, not --model's.")] = None,
+    overwrite: Overwrite = False,
     storage: Storage = DEFAULT_STORAGE,
     as_json: AsJson = False,
 ) -> None:
@@ -51,7 +62,7 @@ def export(
     from searcher.plan import parse_length
     from storage.config_forms import FORMS as CONFIGS
     from storage.factor_csv import CSV, to_csv
-    from storage.factor_file import write
+    from storage.factor_file import rendered, write
     from storage.losses import LOSSES, SHORT_CHOICES, take
 
     form, is_config = to.removesuffix("-config"), to.endswith("-config")
@@ -70,23 +81,28 @@ def export(
     notes: list[str] = []
     if to == "json":
         target = out or Path(f"{name}-factors.json")
+        refuse_to_replace(target, overwrite, rendered(file))
         write(target, file)
     elif to == "csv":
         target = out or Path(f"{name}-factors.csv")
         taken = take(file, CSV, losses, longest, short)
-        write_text(target, to_csv(taken.long, file.model.layers if by_layer else None))
+        text = to_csv(taken.long, file.model.layers if by_layer else None)
+        refuse_to_replace(target, overwrite, text)
+        write_text(target, text)
         notes = [*taken.notes, "The CSV holds no base, lengths or attention factor."]
     elif to == "gguf":
         from commands.gguf import export_gguf
 
         target = out or Path(f"{name}.gguf")
+        if gguf is None or not (target.exists() and target.samefile(gguf)):  # which has an error of its own
+            refuse_to_replace(target, overwrite)
         taken = export_gguf(file, model, gguf, target, losses, longest, short)
         notes = list(taken.notes)
     else:
         target = out or Path(f"{name}-{to}" if form in folders and not is_config else f"{name}-{to}.json")
         if to == "transformers-config" and out is None:
             target = Path(f"{name}-config-patch.json")
-        notes, command = _config_form(form, is_config, file, model, target, (losses, longest, short))
+        notes, command = _config_form(form, is_config, file, model, target, (losses, longest, short), overwrite)
     if as_json:
         print_json({"written": str(target), "form": to, "notes": notes} | ({"command": command} if command else {}))
         return
@@ -110,7 +126,13 @@ def _factors(source: str, method: str, storage: str) -> tuple[str, FactorFile, s
         return given.stem.removesuffix("-factors"), read(given), None
     from storage.repository import Repository
 
-    record = Repository(storage, create=False).study(source)
+    try:
+        record = Repository(storage, create=False).study(source)
+    except LongRopeError as error:
+        if not given.exists() and given.suffix != ".json":
+            raise
+        what = "is no factor file, which end in .json" if given.exists() else "is no file that is there"
+        raise LongRopeError(f"{source} {what}. Taken for a study: {error}") from None
     if record.result is None:
         raise LongRopeError(f"The study {source} is not finished; go on with `longrope resume {source}`, then export.")
     if record.kind == "extension":
@@ -154,6 +176,7 @@ def _config_form(
     model: str | None,
     target: Path,
     how: tuple[frozenset[str], int | None, str],
+    overwrite: bool,
 ) -> tuple[list[str], str | None]:
     """Write a config form; notes, and the command line that uses it."""
     from storage.config_forms import FORMS as CONFIGS
@@ -169,6 +192,8 @@ def _config_form(
     if CONFIGS[form].folder and not is_config:
         write_model_folder(folder, target, patch, taken.target_length)
     else:
-        write_text(target, json.dumps(patch, indent=2) + "\n")
+        text = json.dumps(patch, indent=2) + "\n"
+        refuse_to_replace(target, overwrite, text)
+        write_text(target, text)
         command = None if is_config else command_line(form, str(model), str(target), taken)
     return form_notes(form, taken), command

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from commands.options import AsJson, open_console, plain, print_json
+from commands.options import AsJson, Overwrite, open_console, plain, print_json, refuse_to_replace
 from searcher.errors import LongRopeError
 
 
@@ -24,6 +24,7 @@ def import_factors(
         str | None, typer.Option(help="su, yarn, none or a number, where the file states none; su if not given.")
     ] = None,
     n_hat: Annotated[int, typer.Option(min=0, help="Start tokens left untouched; no form states it.")] = 0,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Make a factor file of factors in another program's form.
@@ -31,7 +32,7 @@ def import_factors(
     Example: longrope import 128k_la2.csv --model ./llama2 --target 128k
     """
     from searcher.plan import parse_length
-    from storage.factor_file import warnings, write
+    from storage.factor_file import rendered, warnings, write
     from storage.imports import imported_file
 
     form, stated = _read(source)
@@ -46,6 +47,7 @@ def import_factors(
     given.setdefault("name", plain(source.stem))
     file = imported_file(stated, given, attention_factor, n_hat, form)
     path = out or Path(f"{plain(source.stem)}-factors.json")
+    refuse_to_replace(path, overwrite, rendered(file))
     write(path, file)
     notes = warnings(file)
     if stated.attention is None:

@@ -134,7 +134,7 @@ def launch(
     """
     options = locals()
     from commands.runs import Run
-    from searcher.plan import parse_choices, parse_length, settled
+    from searcher.plan import check_target, parse_choices, parse_length, settled
     from searcher.space import N_HATS
     from workers.corpus import CorpusRequest
     from workers.model import read_original_length
@@ -143,7 +143,9 @@ def launch(
         raise LongRopeError("Name text for your model with --data: a file, a folder, a glob, JSONL or parquet.")
     check_study_name(study)
     path = model_path(model)
-    length = parse_length(target, original_length or read_original_length(path, trust_remote_code))
+    trained = original_length or read_original_length(path, trust_remote_code)
+    length = parse_length(target, trained)
+    check_target(length, trained)
     choices = N_HATS if n_hats is None else parse_choices(n_hats)
     if n_hats is not None and max(choices) > length:
         raise LongRopeError(f"n_hat counts start tokens of the target's {length}, so it cannot be {max(choices)}.")

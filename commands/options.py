@@ -53,6 +53,7 @@ StorageTimeout = Annotated[
         min=0, envvar="LONGROPE_STORAGE_TIMEOUT", help="Seconds to wait, each time that the store's server goes away."
     ),
 ]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 Workers = Annotated[
     int | None, typer.Option(min=1, help="Ray workers, each with the whole model; one a core or GPU if not given.")
@@ -195,6 +196,27 @@ def with_text_keys(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(key): with_text_keys(inner) for key, inner in value.items()}
     return [with_text_keys(inner) for inner in value] if isinstance(value, list) else value
+
+
+def refuse_to_replace(path: Path, overwrite: bool, text: str | None = None) -> None:
+    """What is there may be all that is left of days of search.
+
+    Parameters
+    ----------
+    overwrite: its owner said that it may be replaced.
+    text: what is to be written, where that is text; a file that holds it already is no obstacle.
+
+    Raises
+    ------
+    LongRopeError
+        Another file is there.
+    """
+    if overwrite or not path.is_file():
+        return
+    with suppress(OSError, ValueError):
+        if text is not None and path.read_text(encoding="utf-8") == text:
+            return
+    raise LongRopeError(f"{path} is there already: give --overwrite to replace it, or another --out.")
 
 
 def write_text(path: Path, text: str) -> None:

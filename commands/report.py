@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from commands.options import DEFAULT_STORAGE, AsJson, Storage, open_console, print_json, stem, write_text
+from commands.options import (
+    DEFAULT_STORAGE,
+    AsJson,
+    Overwrite,
+    Storage,
+    open_console,
+    print_json,
+    refuse_to_replace,
+    stem,
+    write_text,
+)
 
 
 def report(
@@ -19,6 +29,7 @@ def report(
         list[Path] | None,
         typer.Option(help="What `longrope evaluate --json` printed, to be shown too; may be given often."),
     ] = None,
+    overwrite: Overwrite = False,
     storage: Storage = DEFAULT_STORAGE,
     as_json: AsJson = False,
 ) -> None:
@@ -28,7 +39,7 @@ def report(
     """
     from commands.reproduce import again
     from storage.measured import read_evaluation
-    from storage.page import render
+    from storage.page import is_page, render
     from storage.page_data import gather
     from storage.repository import Repository
 
@@ -37,6 +48,8 @@ def report(
     how = again(repository.study(study))
     data = gather(repository, study, measured, how.commands, how.remarks, how.plan_file)
     path = out or Path(f"{stem(study)}-report.html")
+    if not is_page(path):  # an earlier report may be replaced
+        refuse_to_replace(path, overwrite)
     page = render(data)
     write_text(path, page)
     if as_json:

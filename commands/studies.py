@@ -34,7 +34,8 @@ def studies(context: typer.Context, storage: Storage = DEFAULT_STORAGE, as_json:
     if as_json:
         print_json([_dated(asdict(summary), "created_at", "updated_at") for summary in summaries])
     elif summaries:
-        open_console().print(studies_table(summaries))
+        console = open_console()
+        console.print(studies_table(summaries, console.width))
     else:
         open_console().print("No studies in this store yet; `longrope launch` starts one.", highlight=False)
 
@@ -133,5 +134,8 @@ def delete_study(
     folder = Path(record.settings["out"]) / stem(study) if record.kind == "extension" else None
     if as_json:
         print_json({"deleted": study, "models": None if folder is None else str(folder)})
-    elif folder is not None:
-        open_console().print(f"The models it tuned stay in {folder}.", highlight=False, soft_wrap=True)
+        return
+    console = open_console()
+    console.print(f"deleted: {study}", highlight=False, soft_wrap=True)
+    if folder is not None:
+        console.print(f"The models it tuned stay in {folder}.", highlight=False, soft_wrap=True)

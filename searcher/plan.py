@@ -256,12 +256,23 @@ def _space(settings: SearchSettings, spec: RopeSpec, scale: float) -> SearchSpac
 
 def checked_scale(spec: RopeSpec, target_length: int) -> float:
     """s, where the target is beyond the trained window."""
-    if target_length <= spec.original_length:
+    check_target(target_length, spec.original_length)
+    return spec.scale(target_length)
+
+
+def check_target(target_length: int, original_length: int) -> None:
+    """Refuse a target that is not beyond the trained window; both in tokens.
+
+    Raises
+    ------
+    LongRopeError
+        It is not.
+    """
+    if target_length <= original_length:
         raise LongRopeError(
-            f"The target of {target_length} tokens is not above the trained window of {spec.original_length}; "
+            f"The target of {target_length} tokens is not above the trained window of {original_length}; "
             "give a longer --target, or the true window with --original-length."
         )
-    return spec.scale(target_length)
 
 
 def parse_length(text: str, original_length: int) -> int:

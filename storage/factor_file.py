@@ -120,6 +120,22 @@ class FactorFile:
     provenance: Mapping[str, object]
 
 
+def rendered(file: FactorFile) -> str:
+    """The text of a factor file.
+
+    Raises
+    ------
+    LongRopeError
+        A field is not valid.
+    """
+    document = _document(file)
+    try:
+        _parse(document)
+    except Fault as fault:
+        raise LongRopeError(f"These factors cannot be written to a file: {fault}.") from fault
+    return _render(document) + "\n"
+
+
 def write(path: Path, file: FactorFile) -> None:
     """Write a factor file in one step: a reader sees the old file or the new one.
 
@@ -128,16 +144,12 @@ def write(path: Path, file: FactorFile) -> None:
     LongRopeError
         A field is not valid, or the file cannot be written (no space, no permission).
     """
-    document = _document(file)
-    try:
-        _parse(document)
-    except Fault as fault:
-        raise LongRopeError(f"These factors cannot be written to {path}: {fault}.") from fault
+    text = rendered(file)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         try:
             with temporary.open("wb") as handle:
-                handle.write((_render(document) + "\n").encode())
+                handle.write(text.encode())
                 handle.flush()
                 os.fsync(handle.fileno())
             temporary.replace(path)

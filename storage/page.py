@@ -22,7 +22,17 @@ from storage.svg import short_length
 
 # Even if a name could become markup, a browser would neither run nor fetch anything.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+GENERATOR = "longrope-search report"
 STYLE = Path(__file__).with_name("page.css")
+
+
+def is_page(path: Path) -> bool:
+    """Whether a file begins as what ``render`` makes."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            return GENERATOR in file.read(1000)
+    except (OSError, ValueError):
+        return False
 
 
 def render(data: PageData) -> str:
@@ -36,6 +46,7 @@ def render(data: PageData) -> str:
         element("meta", http_equiv="Content-Security-Policy", content=POLICY),
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),
         element("meta", name="referrer", content="no-referrer"),
+        element("meta", name="generator", content=GENERATOR),
         element("title", f"{name}: LongRoPE report"),
         element("style", STYLE.read_text(encoding="utf-8")),
     )

@@ -234,15 +234,23 @@ def _interval(cell: Mapping[str, Any]) -> str:
     return "-" if whole is None else f"{whole['low']:.0%}-{whole['high']:.0%}, {cell['k_max']}"
 
 
-def studies_table(summaries: Sequence[StudySummary]) -> Table:
-    """One row a study; evaluations out of those that are still wanted, which those of candidates raced out are not."""
+def studies_table(summaries: Sequence[StudySummary], width: int = 120) -> Table:
+    """One row a study; evaluations out of those that are still wanted, which those of candidates raced out are not.
+
+    Parameters
+    ----------
+    width: of the terminal, in characters; where they are fewer than 100, the columns that matter least are left out.
+    """
     table = Table()
     words = ("study", "kind", "status", "stage")
-    for column in (*words, "candidates", "evaluations", "failed", "raced out", "changed (UTC)"):
-        # Nobody can resume a study whose name is cut.
-        table.add_column(column, justify="left" if column in words else "right", no_wrap=column == "study")
+    left_out = ("kind", "candidates", "failed", "raced out") if width < 100 else ()
+    columns = (*words, "candidates", "evaluations", "failed", "raced out", "changed (UTC)")
+    for column in columns:
+        if column not in left_out:
+            # Nobody can resume a study whose name is cut.
+            table.add_column(column, justify="left" if column in words else "right", no_wrap=column == "study")
     for s in summaries:
-        table.add_row(
+        cells = (
             s.name,
             s.kind,
             s.status,
@@ -253,6 +261,7 @@ def studies_table(summaries: Sequence[StudySummary]) -> Table:
             str(s.dropped),
             f"{s.updated_at:%Y-%m-%d %H:%M}",
         )
+        table.add_row(*(cell for column, cell in zip(columns, cells, strict=True) if column not in left_out))
     return table
 
 

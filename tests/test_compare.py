@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -135,3 +136,9 @@ def test_a_deletion_says_as_json_what_went_and_what_stays(longrope: Longrope, tm
     }
     assert json.loads(longrope("studies", "delete", "far", "--yes", "--json").out)["models"] == "/models/far"
     assert json.loads(longrope("studies", "--json").out) == []
+
+
+def test_a_deletion_says_so(longrope: Longrope, tmp_path: Path) -> None:
+    with closing(Repository(f"sqlite:///{tmp_path / 'longrope.db'}")) as repository:
+        repository.create_study("plain", "search", {})
+    assert longrope("studies", "delete", "plain", "--yes").out == "deleted: plain\n"

@@ -113,10 +113,25 @@ def test_csv_back_with_what_it_lacks(longrope: Longrope, factors: Path, tmp_path
 def test_a_config_patch_back(longrope: Longrope, factors: Path, tmp_path: Path) -> None:
     export = ("export", str(factors), f"--model={MODEL_DIR}")
     for form in ("transformers-config", "transformers4-config", "vllm", "sglang"):
-        assert longrope(*export, f"--to={form}", "--out=p.json").status == 0
+        assert longrope(*export, f"--to={form}", "--out=p.json", "--overwrite").status == 0
         ended = longrope("import", "p.json", f"--model={MODEL_DIR}", f"--out={form}.json")
         assert ended.status == 0, ended.err
         assert [regime.factors for regime in read(tmp_path / f"{form}.json").regimes] == [SHORT, LONG]
+
+
+def test_what_is_there_stays_unless_it_is_the_same_or_may_go(longrope: Longrope, factors: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.json"
+    mine.write_bytes(factors.read_bytes())
+    assert longrope("export", str(factors), "--out=mine.json").status == 0  # nothing to be lost
+    mine.write_text("{}")
+    for command in (("export", str(factors)), ("import", "p.json", f"--model={MODEL_DIR}")):
+        longrope("export", str(factors), f"--model={MODEL_DIR}", "--to=vllm", "--out=p.json")
+        refused = longrope(*command, "--out=mine.json")
+        assert (refused.status, mine.read_text()) == (1, "{}")
+        assert "mine.json is there already" in refused.err
+        assert longrope(*command, "--out=mine.json", "--overwrite").status == 0
+        assert read(mine).regimes
+        mine.write_text("{}")
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
 from searcher.errors import LongRopeError
 from searcher.study import Unit
@@ -31,6 +31,7 @@ from workers.scorer import PoolRequest, Tokens
 REPLACEMENTS = 3
 FORGIVEN = 100  # evaluations after which a place is as good as any: memory does flip a bit once in a while
 START_TIMEOUT = 1800.0  # seconds; reading the weights of a large model from a slow disk
+NOTICED = 45.0  # seconds; after five health checks that fail, three seconds apart, Ray counts a node as lost
 LOOK = 2.0  # seconds between looks at the cluster, and at who is late
 STORE_SHARE = 0.8  # of a node's object store that shared weights may fill
 
@@ -56,6 +57,10 @@ class Place:
     late_since: float | None = None
     set_aside: int = 0
     good: int = 0  # evaluations since then
+
+
+class _NodeLostError(Exception):
+    """A node is gone while workers start; its address."""
 
 
 def _check_info(given: object) -> ModelInfo:
@@ -98,6 +103,8 @@ class Crew:
         self._say = say or (lambda _sentence: None)
         self._pool = pool
         self._processes = 0
+        self._nodes: dict[str, str] = {}
+        self._looked, self._gpus = 0.0, 0.0
         try:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             if pool.ray_address is None:
@@ -106,12 +113,8 @@ class Crew:
                 join_cluster(pool.ray_address)
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGTERM, terminated)  # Ray puts a handler of its own in its place
-            self._gpus, count = gpus, _ = settle(pool, request.threads)
-            self._head, self._nodes, self._looked = Head(), nodes_alive(), time.monotonic()
-            self._create = create or (lambda _number: create_worker(request.threads, gpus))
-            self._request = replace(request, device="cuda" if gpus else "cpu")
-            self._shared = ray.put(dict(tokens))
-            self._places = [Place(number) for number in range(count)]
+            self._head, self._request, self._shared = Head(), request, ray.put(dict(tokens))
+            self._create = create or (lambda _number: create_worker(request.threads, self._gpus))
             self.info = self._start_all()
         except BaseException:
             self.close()
@@ -185,6 +188,23 @@ class Crew:
         place.sent, place.late_since = time.monotonic(), None
 
     def _start_all(self) -> ModelInfo:
+        """As many workers as there shall be; where a node is lost meanwhile, anew with what is left."""
+        while True:
+            # Looked at before the count: a node that is lost but not known to be counts, and is missed later.
+            self._nodes, self._looked = nodes_alive(), time.monotonic()
+            self._gpus, count = settle(self._pool, self._request.threads)
+            self._request = replace(self._request, device="cuda" if self._gpus else "cpu")
+            self._places = [Place(number) for number in range(count)]
+            try:
+                return self._start_here()
+            except _NodeLostError as lost:
+                self._say(f"The node {lost} was lost while the workers started; they start anew without it.")
+            for place in self._places:
+                if place.actor is not None:
+                    ray.kill(place.actor)
+            self._weights = {}
+
+    def _start_here(self) -> ModelInfo:
         """On every node one worker reads and hashes the weights; the others get them from it, by shared memory."""
         for place in self._places:
             place.actor = self._create(place.number)
@@ -247,21 +267,36 @@ class Crew:
 
     def _gather(self, calls: list[Any]) -> list[Any]:
         """Values of calls that the pool cannot do without."""
+        began, waiting = time.monotonic(), calls
         try:
-            values: list[Any] = ray.get(calls, timeout=START_TIMEOUT)
+            while waiting:
+                done, waiting = ray.wait(waiting, num_returns=1, timeout=LOOK)
+                ray.get(done)  # what failed is said before the others are there
+                self._miss_no_node()
+                if waiting and time.monotonic() - began > START_TIMEOUT:
+                    raise LongRopeError(
+                        f"The {len(self._places)} workers did not start within {START_TIMEOUT:.0f} s; look at the "
+                        "cluster with `ray status`."
+                    )
+            values: list[Any] = ray.get(calls)
         except RayTaskError as error:
             if isinstance(error.cause, LongRopeError):
                 raise error.cause from error
             reason = one_line(error.cause or error)
             raise LongRopeError(f"A worker could not load {self._request.path}: {reason}") from error
-        except GetTimeoutError as error:
-            raise LongRopeError(
-                f"The {len(self._places)} workers did not start within {START_TIMEOUT:.0f} s; look at the cluster "
-                "with `ray status`."
-            ) from error
         except RayError as error:
+            self._miss_no_node()
+            noticed = time.monotonic() + NOTICED
+            while isinstance(error, ActorUnavailableError) and time.monotonic() < noticed:
+                time.sleep(LOOK)
+                self._miss_no_node()
             raise LongRopeError(f"A worker died while it loaded {self._request.path}: {one_line(error)}") from error
         return values
+
+    def _miss_no_node(self) -> None:
+        """While workers start: those that were to run on a node that is lost will never answer."""
+        if self._head.look() and (lost := self._nodes.keys() - nodes_alive().keys()):
+            raise _NodeLostError(", ".join(f"{self._nodes[node]} ({node[:8]})" for node in sorted(lost)))
 
     def _check_profile(self, other: object) -> None:
         other = _check_info(other)

@@ -141,6 +141,10 @@ def test_studies_are_listed(store_url: str) -> None:
     listed = printed(studies_table([done, left]))
     assert "4/4" in listed
     assert "3/4" in listed
+    assert "raced out" in listed
+    narrow = printed(studies_table([done, left], 80))
+    assert "raced out" not in narrow
+    assert all(shown in narrow for shown in ("done", "finished", "stopped", "4/4", "changed (UTC)"))
     repository.close()
 
 

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -203,6 +204,36 @@ class TestNodes:
         assert crowd.heard("Joined the cluster", "workers more")
         assert crowd.times(f"on {added.node_id}") > 0
         assert crowd.evaluate() == RIGHT  # and again without it
+
+    def test_a_node_killed_before_the_workers_start(self, cluster: Cluster, gather: Gather) -> None:
+        """For seconds Ray counts a node that is gone; a worker that is to run there would never start."""
+        cluster.remove_node(cluster.add_node(num_cpus=1), allow_graceful=False)
+        crowd = gather(lambda _where, unit: right(unit), workers=None)
+        assert crowd.evaluate() == RIGHT
+        assert len(crowd.scorer.worker_pids()) == 2
+
+    def test_a_node_killed_while_the_workers_start(self, cluster: Cluster, gather: Gather, tmp_path: Path) -> None:
+        extra = cluster.add_node(num_cpus=1)
+        cluster.wait_for_nodes()
+        node_id = extra.node_id
+
+        def describe(where: Where) -> ModelInfo:
+            if where.node == node_id:
+                where.count("there")
+                time.sleep(3600)
+            return INFO
+
+        def kill() -> None:
+            Where(0, "", tmp_path).until("there")
+            cluster.remove_node(extra, allow_graceful=False)
+
+        killer = threading.Thread(target=kill)
+        killer.start()
+        crowd = gather(lambda _where, unit: right(unit), describe, workers=None)
+        killer.join()
+        assert crowd.heard("was lost while the workers started; they start anew without it")
+        assert crowd.evaluate() == RIGHT
+        assert len(crowd.scorer.worker_pids()) == 2
 
     def test_no_more_workers_than_were_asked_for(self, cluster: Cluster, gather: Gather) -> None:
         crowd = gather(lambda _where, unit: right(unit), workers=2)
