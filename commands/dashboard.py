@@ -17,7 +17,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 import typer
 
 from commands.options import DEFAULT_STORAGE, AsJson, Storage, open_console, print_json, stem
-from searcher.errors import LongRopeError
+from searcher.errors import LongRopeError, needs
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
@@ -72,13 +72,8 @@ def _serve(
     mirror: Mirror, study: str, host: str, port: int, every: float, console: Console, as_json: bool, goes_on: bool
 ) -> None:
     """Serve the dashboard, and follow the study, until Ctrl-C."""
-    try:
+    with needs("The dashboard (--mirror-only does not)", "optuna-dashboard", "dashboard"):
         from optuna_dashboard import wsgi
-    except ImportError:
-        raise LongRopeError(
-            "The dashboard needs the Python package optuna-dashboard: pip install 'longrope-search[dashboard]'; "
-            "--mirror-only works without."
-        ) from None
     app = wsgi(mirror.storage)
     with _listening(app if host not in LOOPBACK else _for_this_machine(app), host, port) as server:
         shown = f"[{host}]" if ":" in host else host

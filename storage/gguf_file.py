@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from searcher.errors import LongRopeError
+from searcher.errors import LongRopeError, needs
 from searcher.rope import Factors, FloatArray
 from storage.gguf_header import Header, read_floats, read_header
 from storage.imports import Stated, same_float32
@@ -43,10 +43,8 @@ def gguf_package() -> Any:
     LongRopeError
         It is not installed.
     """
-    try:
+    with needs("A GGUF file", "gguf", "gguf"):
         import gguf
-    except ImportError as error:
-        raise LongRopeError("GGUF files are written with the gguf package: pip install '.[gguf]'.") from error
     return gguf
 
 

@@ -336,11 +336,11 @@ documents = { selection = 1 }
 @pytest.mark.parametrize(
     ("settings", "missing", "gpus", "message"),
     [
-        ("lora_rank = 4", "peft", 0, "LoRA is tuned with the peft package: pip install '.[lora]'"),
+        ("lora_rank = 4", "peft", 0, "needs the package peft; install it with: pip install 'longrope-search[lora]'"),
         ("fsdp = {}", None, 0, "leave fsdp out"),
         ("batch = 3\nfsdp = {}", None, 2, "the 3 micro-batches of a step; leave fsdp out"),
         ("mixed_window = 0.5", None, 0, "set short_text to windows"),
-        ("tokens = 100", "ray.train.torch", 2, "Ray Train: pip install '.[gpus]'"),
+        ("tokens = 100", "ray.train.torch", 2, "needs the package ray[train]; install it with: pip install"),
         ("tokens = 100", "text", 0, "less than one chunk of 100"),
     ],
 )

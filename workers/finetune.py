@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from searcher.errors import LongRopeError
+from searcher.errors import LongRopeError, needs
 from searcher.rope import Factors
 from searcher.tuning import Tuning
 from workers import attention as own_attention
@@ -354,10 +354,8 @@ def peft_package() -> Any:
     LongRopeError
         It is not installed.
     """
-    try:
+    with needs("A fine-tuning with LoRA", "peft", "lora"):
         import peft
-    except ImportError as error:
-        raise LongRopeError("LoRA is tuned with the peft package: pip install '.[lora]'.") from error
     return peft
 
 

@@ -10,7 +10,7 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
-from searcher.errors import LongRopeError
+from searcher.errors import LongRopeError, needs
 from searcher.rope import Factors
 from workers.model import LoadedModel
 
@@ -48,14 +48,9 @@ def harness_results(
             "lm-evaluation-harness calls the whole model, but its layers are streamed from the host; load it without "
             "stream_weights."
         )
-    try:
+    with needs("A task of lm-evaluation-harness", "lm-eval", "evaluation"):
         import lm_eval
         from lm_eval.models.huggingface import HFLM
-    except ImportError as error:
-        raise LongRopeError(
-            "Tasks of lm-evaluation-harness need the package lm-eval, which is not installed; "
-            "install it with pip install 'longrope-search[evaluation]'."
-        ) from error
     with loaded.under(factors):
         model = HFLM(
             pretrained=loaded.model,

@@ -14,7 +14,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from searcher.errors import LongRopeError
+from searcher.errors import LongRopeError, needs
 
 # What a walk through a folder picks up. A file named outright is read whatever its suffix.
 JSONL_SUFFIXES = (".jsonl", ".jsonl.gz")
@@ -197,11 +197,9 @@ def _jsonl_texts(path: Path, name: str, column: str) -> Iterator[Text]:
 
 
 def _parquet_texts(path: Path, name: str, column: str) -> Iterator[Text]:
-    try:
+    with needs(str(path), "pyarrow", "parquet"):
         from pyarrow import ArrowException, types
         from pyarrow.parquet import ParquetFile
-    except ImportError as error:
-        raise _no_package("pyarrow", "parquet", str(path)) from error
     try:
         with ParquetFile(path) as file:
             if column not in file.schema_arrow.names:
@@ -225,10 +223,8 @@ def _hub_texts(source: str, column: str) -> Iterator[Text]:
     parts = HUB_NAME.fullmatch(source)
     if parts is None:
         raise ValueError(f"{source!r} is not the name of a dataset")
-    try:
+    with needs(f"{source} is no file or folder here; as a dataset it", "datasets", "datasets"):
         from datasets import load_dataset
-    except ImportError as error:
-        raise _no_package("datasets", "datasets", f"{source} is no file or folder here; as a dataset it") from error
     split = parts["split"] or DEFAULT_SPLIT
     try:
         rows = load_dataset(parts["name"], parts["config"], split=split)
@@ -262,10 +258,6 @@ def _no_column(where: str, column: str, columns: Sequence[str]) -> LongRopeError
         f"{where} should have a column {column} but has {', '.join(columns) or 'none'}; name the column that has the "
         "text with --text-column."
     )
-
-
-def _no_package(package: str, extra: str, what: str) -> LongRopeError:
-    return LongRopeError(f"{what} needs the package {package}; install it with: pip install 'longrope-search[{extra}]'")
 
 
 def _first_line(error: Exception) -> str:

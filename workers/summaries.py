@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from searcher.errors import LongRopeError
+from searcher.errors import LongRopeError, needs
 from searcher.rope import Factors
 from workers.frames import encode
 from workers.generation import greedy
@@ -199,13 +199,8 @@ def _plain(text: str) -> str:
 
 
 def _rouge() -> Any:
-    try:
+    with needs("A comparison of summaries", "rouge-score", "evaluation"):
         from rouge_score.rouge_scorer import RougeScorer
-    except ImportError as error:
-        raise LongRopeError(
-            "Summaries are compared by the package rouge-score, which is not installed; "
-            "install it with pip install 'longrope-search[evaluation]'."
-        ) from error
     return RougeScorer(ROUGE, use_stemmer=True)
 
 

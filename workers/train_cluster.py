@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from searcher.errors import LongRopeError
+from searcher.errors import LongRopeError, needs
 from searcher.tuning import Tuning
 from workers.checkpoints import Checkpoint
 from workers.finetune import MODEL, OnCheckpoint, OnLog, TuneRequest, tune
@@ -60,12 +60,8 @@ def _ray_train(pool: PoolRequest) -> None:
     """Import what is needed of Ray Train, or say how to have it."""
     if pool.ray_address is None:
         prepare_local_ray()
-    try:
+    with needs("A fine-tuning on several GPUs or on a cluster", "ray[train]", "gpus"):
         import ray.train.torch  # noqa: F401
-    except ImportError as error:
-        raise LongRopeError(
-            "A fine-tuning on several GPUs or on a cluster is done with Ray Train: pip install '.[gpus]'."
-        ) from error
 
 
 def tune_on_cluster(
