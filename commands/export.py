@@ -129,9 +129,9 @@ def _factors(source: str, method: str, storage: str) -> tuple[str, FactorFile, s
     try:
         record = Repository(storage, create=False).study(source)
     except LongRopeError as error:
-        if not given.exists() and given.suffix != ".json":
+        if not given.is_file() and given.suffix != ".json":
             raise
-        what = "is no factor file, which end in .json" if given.exists() else "is no file that is there"
+        what = "is no factor file, which end in .json" if given.is_file() else "is not there"
         raise LongRopeError(f"{source} {what}. Taken for a study: {error}") from None
     if record.result is None:
         raise LongRopeError(f"The study {source} is not finished; go on with `longrope resume {source}`, then export.")

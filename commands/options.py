@@ -53,7 +53,7 @@ StorageTimeout = Annotated[
         min=0, envvar="LONGROPE_STORAGE_TIMEOUT", help="Seconds to wait, each time that the store's server goes away."
     ),
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there; a folder never is.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 Workers = Annotated[
     int | None, typer.Option(min=1, help="Ray workers, each with the whole model; one a core or GPU if not given.")

@@ -48,7 +48,7 @@ def report(
     how = again(repository.study(study))
     data = gather(repository, study, measured, how.commands, how.remarks, how.plan_file)
     path = out or Path(f"{stem(study)}-report.html")
-    if not is_page(path):  # an earlier report may be replaced
+    if not is_page(path, study):  # an earlier report may be replaced
         refuse_to_replace(path, overwrite)
     page = render(data)
     write_text(path, page)

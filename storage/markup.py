@@ -111,4 +111,9 @@ class Figure:
 
 def write_html(root: Node) -> str:
     """The document as text."""
-    return "<!DOCTYPE html>\n" + ElementTree.tostring(root, encoding="unicode", method="html") + "\n"
+    return f"<!DOCTYPE html>\n{write_part(root)}\n"
+
+
+def write_part(node: Node) -> str:
+    """An element as text."""
+    return ElementTree.tostring(node, encoding="unicode", method="html")

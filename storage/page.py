@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from searcher.extension import EVALUATE
-from storage.markup import Content, Figure, Node, element, table, write_html
+from storage.markup import Content, Figure, Node, element, table, write_html, write_part
 from storage.measured import of_extension
 from storage.page_data import PageData, SearchView
 from storage.page_extension import extension_figures
@@ -22,17 +22,20 @@ from storage.svg import short_length
 
 # Even if a name could become markup, a browser would neither run nor fetch anything.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
-GENERATOR = "longrope-search report"
 STYLE = Path(__file__).with_name("page.css")
 
 
-def is_page(path: Path) -> bool:
-    """Whether a file begins as what ``render`` makes."""
+def is_page(path: Path, study: str) -> bool:
+    """Whether a file is what ``render`` made of a study of this name."""
     try:
         with path.open(encoding="utf-8") as file:
-            return GENERATOR in file.read(1000)
+            return write_part(_title(study)) in file.read(4096)
     except (OSError, ValueError):
         return False
+
+
+def _title(study: str) -> Node:
+    return element("title", f"{study}: LongRoPE report")
 
 
 def render(data: PageData) -> str:
@@ -46,8 +49,7 @@ def render(data: PageData) -> str:
         element("meta", http_equiv="Content-Security-Policy", content=POLICY),
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),
         element("meta", name="referrer", content="no-referrer"),
-        element("meta", name="generator", content=GENERATOR),
-        element("title", f"{name}: LongRoPE report"),
+        _title(name),
         element("style", STYLE.read_text(encoding="utf-8")),
     )
     main = element(

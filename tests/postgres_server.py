@@ -97,7 +97,9 @@ class Server:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         self._server.wait()
+        deadline = time.monotonic() + 30
         while any(_runs(process) for process in processes):
+            assert time.monotonic() < deadline
             time.sleep(0.01)
 
     def execute(self, statement: str, database: str = "postgres") -> list[tuple[object, ...]]:

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,6 +32,7 @@ REPLACEMENTS = 3
 FORGIVEN = 100  # evaluations after which a place is as good as any: memory does flip a bit once in a while
 START_TIMEOUT = 1800.0  # seconds; reading the weights of a large model from a slow disk
 NOTICED = 45.0  # seconds; after five health checks that fail, three seconds apart, Ray counts a node as lost
+GOING_DOWN = 10.0  # seconds; a machine that shuts down may end its workers before it leaves the cluster
 LOOK = 2.0  # seconds between looks at the cluster, and at who is late
 STORE_SHARE = 0.8  # of a node's object store that shared weights may fill
 
@@ -104,6 +105,7 @@ class Crew:
         self._pool = pool
         self._processes = 0
         self._nodes: dict[str, str] = {}
+        self._hosts: Set[str] | None = None  # nodes with a worker; not known until all have a process
         self._looked, self._gpus = 0.0, 0.0
         try:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -189,20 +191,30 @@ class Crew:
 
     def _start_all(self) -> ModelInfo:
         """As many workers as there shall be; where a node is lost meanwhile, anew with what is left."""
+        began, asked, threads = time.monotonic(), self._pool, self._request.threads
         while True:
             # Looked at before the count: a node that is lost but not known to be counts, and is missed later.
-            self._nodes, self._looked = nodes_alive(), time.monotonic()
-            self._gpus, count = settle(self._pool, self._request.threads)
+            self._nodes, self._hosts, self._looked = nodes_alive(), None, time.monotonic()
+            self._gpus, count = settle(asked, threads)
             self._request = replace(self._request, device="cuda" if self._gpus else "cpu")
             self._places = [Place(number) for number in range(count)]
             try:
                 return self._start_here()
             except _NodeLostError as lost:
+                if time.monotonic() - began > START_TIMEOUT:
+                    raise LongRopeError(
+                        f"Nodes were lost again and again while workers started, {lost} at last, for "
+                        f"{START_TIMEOUT:.0f} s; look at the cluster with `ray status`."
+                    ) from lost
                 self._say(f"The node {lost} was lost while the workers started; they start anew without it.")
             for place in self._places:
                 if place.actor is not None:
                     ray.kill(place.actor)
             self._weights = {}
+            # What is left may have no GPU, and no room for as many; without any room, settle says so.
+            room = max(room_for(self._gpus, threads), 1)
+            workers = None if self._pool.workers is None else min(self._pool.workers, room)
+            asked = replace(self._pool, gpus_per_worker=self._gpus, workers=workers)
 
     def _start_here(self) -> ModelInfo:
         """On every node one worker reads and hashes the weights; the others get them from it, by shared memory."""
@@ -211,6 +223,7 @@ class Crew:
         nodes: dict[str, list[Place]] = {}
         for place, node in zip(self._places, self._gather([p.actor.node.remote() for p in self._places]), strict=True):
             nodes.setdefault(node, []).append(place)
+        self._hosts = nodes.keys()
         readers = [places[0] for places in nodes.values()]
         described = dict(zip((p.number for p in readers), self._started(readers), strict=True))
         room = {node["NodeID"]: STORE_SHARE * node["Resources"].get("object_store_memory", 0) for node in ray.nodes()}
@@ -272,7 +285,8 @@ class Crew:
             while waiting:
                 done, waiting = ray.wait(waiting, num_returns=1, timeout=LOOK)
                 ray.get(done)  # what failed is said before the others are there
-                self._miss_no_node()
+                if waiting:
+                    self._miss_no_node()
                 if waiting and time.monotonic() - began > START_TIMEOUT:
                     raise LongRopeError(
                         f"The {len(self._places)} workers did not start within {START_TIMEOUT:.0f} s; look at the "
@@ -286,8 +300,9 @@ class Crew:
             raise LongRopeError(f"A worker could not load {self._request.path}: {reason}") from error
         except RayError as error:
             self._miss_no_node()
-            noticed = time.monotonic() + NOTICED
-            while isinstance(error, ActorUnavailableError) and time.monotonic() < noticed:
+            patience = NOTICED if isinstance(error, ActorUnavailableError) else GOING_DOWN
+            noticed = time.monotonic() + (0.0 if self._pool.ray_address is None else patience)
+            while time.monotonic() < noticed:
                 time.sleep(LOOK)
                 self._miss_no_node()
             raise LongRopeError(f"A worker died while it loaded {self._request.path}: {one_line(error)}") from error
@@ -295,8 +310,9 @@ class Crew:
 
     def _miss_no_node(self) -> None:
         """While workers start: those that were to run on a node that is lost will never answer."""
-        if self._head.look() and (lost := self._nodes.keys() - nodes_alive().keys()):
-            raise _NodeLostError(", ".join(f"{self._nodes[node]} ({node[:8]})" for node in sorted(lost)))
+        needed = self._nodes.keys() if self._hosts is None else self._hosts
+        if self._head.look() and (lost := needed - nodes_alive().keys()):
+            raise _NodeLostError(", ".join(f"{self._nodes.get(node, '')} ({node[:8]})" for node in sorted(lost)))
 
     def _check_profile(self, other: object) -> None:
         other = _check_info(other)

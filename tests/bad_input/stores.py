@@ -174,6 +174,9 @@ EXPORTS = {
     "export a GGUF onto another file": Bad(
         "export done --to gguf --accept-loss n_hat --out {text}/0.txt", "0.txt is there already: give --overwrite"
     ),
+    "export a CSV onto another file": Bad(
+        "export done --to csv --accept-loss n_hat --out {text}/0.txt", "0.txt is there already: give --overwrite"
+    ),
     "export a patch onto another file": Bad(
         "export done --to vllm --accept-loss n_hat --out {text}/0.txt", "0.txt is there already: give --overwrite"
     ),
@@ -181,9 +184,7 @@ EXPORTS = {
     "export a file of another kind": Bad(
         "export {text}/0.txt", "0.txt is no factor file, which end in .json. Taken for"
     ),
-    "export a file that is not there": Bad(
-        "export f.json", "f.json is no file that is there. Taken for a study: There is"
-    ),
+    "export a file that is not there": Bad("export f.json", "f.json is not there. Taken for a study: There is"),
     "export to nothing": Bad("export done --to ''", "--to is json, csv, gguf"),
     "export the empty name": Bad("export ''", "There is no study ''"),
     "export a broken file": Bad("export factors.json", "is not valid JSON", factors="{{"),
