@@ -101,7 +101,10 @@ def join_cluster(address: str) -> None:
         os.environ["RAY_gcs_server_port_wait_time_s"] = tries or "1"  # noqa: SIM112
         ray.init(address=address, runtime_env=_code(), log_to_driver=False, configure_logging=False)
     except (OSError, OverflowError, ValueError, RuntimeError, RayError) as error:
-        raise LongRopeError(f"No Ray cluster could be joined at {address}: {one_line(error)}") from error
+        raise LongRopeError(
+            f"No Ray cluster could be joined at {address}: {one_line(error)}; where one runs there, give this side its "
+            "version of Ray, its RAY_AUTH_MODE and its token."
+        ) from error
     finally:
         if tries is None:
             os.environ.pop("RAY_gcs_server_port_wait_time_s", None)
