@@ -56,6 +56,7 @@ class RayScorer(Crew):
         self._past: set[str] = set()  # the study has built upon them
         self._opinions: dict[str, Opinions] = {}  # of units that more than one worker computes
         self._disbelieved: set[int] = set()
+        self._said_split = False
         self._audits = Audits(AUDIT_EVERY)
         super().__init__(request, tokens, pool, create, say)
 
@@ -274,6 +275,9 @@ class RayScorer(Crew):
         if verdict is None:
             return
         del self._opinions[unit.key]
+        if opinions.majority() is None:
+            yield from self._split(opinions, verdict)
+            return
         for process in opinions.against(verdict):
             self._doubt(process, unit)
             self._set_aside(process, unit, queue)
@@ -290,6 +294,19 @@ class RayScorer(Crew):
             )
         else:
             yield replace(verdict, corrects=True)
+
+    def _split(self, opinions: Opinions, verdict: Outcome) -> Iterator[Outcome]:
+        """No two values were the same: nobody in particular is to blame, and no other worker would help."""
+        self._audits.passed(opinions.given[0][0])
+        if not self._said_split:
+            self._say(
+                f"{len(opinions.given)} workers gave as many different values on {opinions.unit.document.name}: what "
+                "is computed here does not repeat, so neither will this search. Look for a broken device, or other "
+                "software."
+            )
+            self._said_split = True
+        if opinions.handed_over is None:
+            yield self._hand_over(opinions.given[0][0], opinions.unit, verdict)
 
     def _hand_over(self, process: int, unit: Unit, outcome: Outcome) -> Outcome:
         self._failing = None

@@ -85,13 +85,18 @@ class Opinions:
     handed_over: Outcome | None = None
     audit: bool = False
 
-    def verdict(self) -> Outcome | None:
-        """What two of them say; what the study has, or a failure, once all of MOST_OPINIONS differ; None before."""
+    def majority(self) -> Outcome | None:
+        """What two of them say."""
         for number, (_, one) in enumerate(self.given):
             if any(agree(one, other) for _, other in self.given[number + 1 :]):
                 return one
-        if len(self.given) < MOST_OPINIONS:
-            return None
+        return None
+
+    def verdict(self) -> Outcome | None:
+        """What two of them say; what the study has, or a failure, once all of MOST_OPINIONS differ; None before."""
+        found = self.majority()
+        if found is not None or len(self.given) < MOST_OPINIONS:
+            return found
         reason = f"{MOST_OPINIONS} workers gave as many different values"
         return self.handed_over or Outcome(self.unit.key, None, 0, failure=reason)
 

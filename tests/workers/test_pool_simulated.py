@@ -124,6 +124,36 @@ def nats(factors: Factors) -> float:
     return 100.0 - factors.by_layer()[0][1]
 
 
+class TestNothingRepeats:
+    """Kernels that add in another order each time: no two computations agree, and no worker is worse than another."""
+
+    @pytest.mark.parametrize("doubtful", [False, True])
+    def test_it_is_said_once_and_nobody_is_blamed(self, monkeypatch: pytest.MonkeyPatch, doubtful: bool) -> None:
+        import workers.pool
+
+        monkeypatch.setattr(workers.pool, "AUDIT_EVERY", 1)
+        calls = iter(range(10**6))
+        said: list[str] = []
+
+        def work(_process: int, unit: Unit) -> tuple[float, object]:
+            outcome = right(unit, nll=float(unit.key) + 1e-6 * next(calls))
+            if doubtful and unit.key == "103":
+                return 1.0, replace(outcome, failure=f"odd at {outcome.nll}")
+            return 1.0, outcome
+
+        pool = Simulation().pool(monkeypatch, 3, work, say=said.append)
+        found = kept(pool, UNITS[:-1])  # one worker has nothing to do in the end, and looks at another's value
+        if doubtful:
+            assert found.pop("103") is None
+        assert len(found) == len(UNITS) - 1 - doubtful
+        assert found == {key: pytest.approx(RIGHT[key], abs=1e-2) for key in found}
+        assert [sentence for sentence in said if "does not repeat" in sentence] == [
+            "5 workers gave as many different values on text: what is computed here does not repeat, so neither will "
+            "this search. Look for a broken device, or other software."
+        ]
+        assert not [sentence for sentence in said if "given up" in sentence or "than two others" in sentence]
+
+
 class TestSpareValues:
     """The second worker computes candidates on the selection documents, looks right, and is found out some time."""
 
