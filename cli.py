@@ -23,6 +23,7 @@ MOST_SHOWN = 1500  # characters of an error
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # which cuts long options in a narrow terminal, and reads [extra] as markup
     help="Search LongRoPE rescale factors: let a language model read further than it was trained to.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )

@@ -79,6 +79,8 @@ def export(
     longest = None if length is None else parse_length(length, file.model.original_length)
     losses, command = frozenset(accept_loss or ()), None
     notes: list[str] = []
+    if to != "json" and out is not None and out.is_file() and Path(source).is_file() and out.samefile(source):
+        raise LongRopeError(f"{out} is the factor file that is exported; name another file with --out.")
     if to == "json":
         target = out or Path(f"{name}-factors.json")
         refuse_to_replace(target, overwrite, rendered(file))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -72,9 +73,10 @@ def _read(source: Path) -> tuple[str, Any]:
     from storage.imports import Stated, read_config_form
 
     path = source / "config.json" if source.is_dir() else source
-    if path.suffix == ".csv":
+    begin = _beginning(path)
+    if path.suffix == ".csv" or (path.suffix != ".json" and begin[:1] in b"+-.0123456789" and begin):
         return "csv", Stated(read_csv(path))
-    if path.suffix == ".gguf":
+    if path.suffix == ".gguf" or begin == b"GGUF":
         from storage.gguf_file import read_gguf
 
         return "gguf", read_gguf(path)
@@ -82,6 +84,13 @@ def _read(source: Path) -> tuple[str, Any]:
     if isinstance(document, dict) and document.get("format") == "longrope-factors":
         raise LongRopeError(f"{source} is a factor file already.")
     return "config", read_config_form(document, str(path))
+
+
+def _beginning(path: Path) -> bytes:
+    """The first bytes of a file, by which its form is known whatever its name; none where it cannot be read."""
+    with suppress(OSError), path.open("rb") as file:
+        return file.read(4)
+    return b""
 
 
 def _given_by(model: str, stated_length: int | None) -> dict[str, Any]:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 
 DEFAULT_STORAGE = "sqlite:///longrope.db"
+SQLITE = b"SQLite format 3\0"  # as its files begin
 DEFAULT_STORAGE_TIMEOUT = 600.0
 # A study's name is part of a file's name and is typed after `longrope resume`.
 STUDY_NAME = re.compile(r"\w[\w.+=@-]{0,59}")
@@ -111,12 +112,11 @@ def stem(study: str) -> str:
 
 def new_name(repository: Repository, study: str | None, base: str) -> str:
     """The name asked for, where it is free, or one made from ``base``."""
-    taken = {summary.name for summary in repository.studies()}
+    taken = {summary.name: summary.status for summary in repository.studies()}
     if study is not None:
         if study in taken:
-            raise LongRopeError(
-                f"There is a study {study!r} already: `longrope resume {study}`, or choose another name."
-            )
+            on = "it is finished;" if taken[study] == "finished" else f"`longrope resume {study}`, or"
+            raise LongRopeError(f"There is a study {study!r} already: {on} choose another name.")
         return study
     names = [base, *(f"{base}-{n}" for n in range(2, len(taken) + 3))]
     return next(name for name in names if name not in taken)
@@ -209,9 +209,14 @@ def refuse_to_replace(path: Path, overwrite: bool, text: str | None = None) -> N
     Raises
     ------
     LongRopeError
-        Another file is there.
+        Another file is there, or a database, which nothing replaces.
     """
-    if overwrite or not path.is_file():
+    if not path.is_file():
+        return
+    with suppress(OSError), path.open("rb") as file:
+        if file.read(len(SQLITE)) == SQLITE:
+            raise LongRopeError(f"{path} is a database; name another file with --out.")
+    if overwrite:
         return
     with suppress(OSError, ValueError):
         if text is not None and path.read_text(encoding="utf-8") == text:

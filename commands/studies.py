@@ -11,7 +11,7 @@ import typer
 from commands.options import DEFAULT_STORAGE, AsJson, Storage, open_console, print_json, stem, with_text_keys
 from searcher.errors import LongRopeError
 
-studies_app = typer.Typer(invoke_without_command=True)
+studies_app = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
 
 
 @studies_app.callback()

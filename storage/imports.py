@@ -143,6 +143,8 @@ def imported_file(
     """
     model, stated = complete(stated, given)
     target = stated.target_length or 0
+    if n_hat > target:
+        raise LongRopeError(f"n_hat counts start tokens of the target's {target}, so it cannot be {n_hat}.")
     scale = model.spec.scale(target)
     long = stated.attention if stated.attention is not None else attention_factor(policy or "su", model.spec, scale)
     short = long if stated.short_attention is None else stated.short_attention

@@ -108,6 +108,12 @@ def test_csv_back_with_what_it_lacks(longrope: Longrope, factors: Path, tmp_path
     assert "attention factor" in json.loads(ended.out)["notes"][0]
     wrong = longrope("import", "f.csv", f"--model={MODEL_DIR}", "--target=8x", "--layers=5")
     assert "The file has layers 4, but 5 is given" in wrong.err
+    far = longrope("import", "f.csv", f"--model={MODEL_DIR}", "--target=8x", "--n-hat=2049", "--out=far.json")
+    assert "n_hat counts start tokens of the target's 2048, so it cannot be 2049" in far.err
+    assert not (tmp_path / "far.json").exists()
+    (tmp_path / "f.csv").rename(tmp_path / "plain")  # known by how it begins
+    assert longrope("import", "plain", f"--model={MODEL_DIR}", "--target=8x", "--out=same.json").status == 0
+    assert read(tmp_path / "same.json").regimes[0].factors.lambdas == regime.factors.lambdas
 
 
 def test_a_config_patch_back(longrope: Longrope, factors: Path, tmp_path: Path) -> None:

@@ -80,6 +80,8 @@ def read_texts(sources: Sequence[str | Path], text_column: str = "text") -> Iter
     """
     readers: list[Iterator[Text]] = []
     for source in sources:
+        if not str(source).strip():
+            raise LongRopeError("--data should name text, but one of the names is empty; name a file or a folder.")
         files = _files(str(source))
         if files is None:
             readers.append(_hub_texts(str(source), text_column))

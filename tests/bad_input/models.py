@@ -119,6 +119,7 @@ TEXT = {
         f"{LAUNCH} --target 16x", "5 documents of at least 1024 tokens are needed (search 2, selection 1"
     ),
     "too few documents": Bad(f"{LAUNCH} --test-documents 20", "but of 9 documents 9 are that long"),
+    "text without a name": Bad(f"{READ} --data ''", "--data should name text, but one of the names is empty"),
     "empty text": Bad(f"{READ} --data {{world}}/empty.txt", "--data should name text, but there is none in"),
     "a folder without text": Bad(f"{READ} --data {{world}}/no-text", "should hold text, but no file in it ends in"),
     "binary text": Bad(f"{READ} --data {{world}}/binary.txt", "should be UTF-8 text but is not"),

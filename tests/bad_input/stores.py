@@ -104,7 +104,9 @@ STORES = {
 }
 
 STUDIES = {
-    "study name in use": Bad(f"{LAUNCH} --study done", "There is a study 'done' already: `longrope resume done`"),
+    "study name in use": Bad(
+        f"{LAUNCH} --study done", "There is a study 'done' already: it is finished; choose another name."
+    ),
     "study name with a slash": Bad(f"{LAUNCH} --study ../done", "A study's name is part of its files' names"),
     "empty study name": Bad(f"{LAUNCH} --study ''", "A study's name is part of its files' names"),
     "study name from the root": Bad(f"{LAUNCH} --study /tmp/x", "A study's name is part of its files' names"),
@@ -173,6 +175,15 @@ EXPORTS = {
     "export onto another file": Bad("export done --out {text}/0.txt", "0.txt is there already: give --overwrite"),
     "export a GGUF onto another file": Bad(
         "export done --to gguf --accept-loss n_hat --out {text}/0.txt", "0.txt is there already: give --overwrite"
+    ),
+    "export onto the store": Bad(
+        "export done --out longrope.db --overwrite", "longrope.db is a database; name another file with --out"
+    ),
+    "report onto the store": Bad("report done --out longrope.db --overwrite", "longrope.db is a database"),
+    "export onto what is exported": Bad(
+        "export factors.json --to csv --out factors.json --overwrite",
+        "factors.json is the factor file that is exported",
+        factors={"provenance.seed": 1},
     ),
     "export a CSV onto another file": Bad(
         "export done --to csv --accept-loss n_hat --out {text}/0.txt", "0.txt is there already: give --overwrite"
