@@ -468,13 +468,18 @@ def replayed(folder: Path, url: str, options: list[str]) -> tuple[dict[str, list
         ours.execute(insert(Evaluation.__table__), rows)
     source.dispose()
     target.dispose()
+    return in_one_process(folder, copy, options)
+
+
+def in_one_process(folder: Path, url: str, options: list[str]) -> tuple[dict[str, list[Any]], bytes]:
+    """What the study comes to without Ray, in this store."""
     own = [option for option in options if not option.startswith("--out")]
-    command = ["launch", f"--study={NAME}", f"--storage={copy}", "--in-process", f"--out={folder}", *own]
+    command = ["launch", f"--study={NAME}", f"--storage={url}", "--in-process", f"--out={folder}", *own]
     driver = start_driver(command, folder, folder / "driver.log", False)
     driver.join()
     if driver.exitcode != 0:
         raise RuntimeError((folder / "driver.log").read_text())
-    return trajectory(copy), (folder / f"{NAME}-factors.json").read_bytes()
+    return trajectory(url), (folder / f"{NAME}-factors.json").read_bytes()
 
 
 def undisturbed(folder: Path, options: list[str]) -> tuple[dict[str, list[Any]], bytes, float]:
@@ -486,14 +491,9 @@ def undisturbed(folder: Path, options: list[str]) -> tuple[dict[str, list[Any]],
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     began = time.monotonic()
-    own = [option for option in options if not option.startswith("--out")]
-    command = ["launch", f"--study={NAME}", f"--storage={url}", "--in-process", f"--out={folder}", *own]
-    driver = start_driver(command, folder, folder / "driver.log", False)
-    driver.join()
-    if driver.exitcode != 0:
-        raise RuntimeError((folder / "driver.log").read_text())
+    found = in_one_process(folder, url, options)
     made_with.write_text(str(options))
-    return trajectory(url), factors.read_bytes(), time.monotonic() - began
+    return *found, time.monotonic() - began
 
 
 @contextmanager

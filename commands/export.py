@@ -96,9 +96,7 @@ def export(
         from commands.gguf import export_gguf
 
         target = out or Path(f"{name}.gguf")
-        if gguf is None or not (target.exists() and target.samefile(gguf)):  # which has an error of its own
-            refuse_to_replace(target, overwrite)
-        taken = export_gguf(file, model, gguf, target, losses, longest, short)
+        taken = export_gguf(file, model, gguf, target, overwrite, losses, longest, short)
         notes = list(taken.notes)
     else:
         target = out or Path(f"{name}-{to}" if form in folders and not is_config else f"{name}-{to}.json")

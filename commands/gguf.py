@@ -6,6 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from commands.export import model_of
+from commands.options import refuse_to_replace
 from searcher.errors import LongRopeError
 from storage.factor_file import FactorFile
 from storage.gguf_convert import convert_llama
@@ -18,6 +19,7 @@ def export_gguf(
     model: str | None,
     source: Path | None,
     out: Path,
+    overwrite: bool,
     accepted: Collection[str],
     length: int | None,
     short: str,
@@ -27,14 +29,16 @@ def export_gguf(
     Parameters
     ----------
     source: a GGUF file of the model; None converts the model's folder.
+    overwrite: ``out`` may be replaced, though never by a copy of itself.
     accepted, length, short: as in ``take``.
     """
     taken = take(file, LLAMA_CPP, accepted, length, short)
     if taken.target_length < file.model.original_length:
         raise LongRopeError(f"llama.cpp scales RoPE up from the original length; {taken.target_length} is below it.")
+    if source is not None and out.exists() and out.samefile(source):
+        raise LongRopeError(f"{out} is the file that is copied; name another one with --out.")
+    refuse_to_replace(out, overwrite)
     if source is not None:
-        if out.exists() and out.samefile(source):
-            raise LongRopeError(f"{out} is the file that is copied; name another one with --out.")
         patch_gguf(source, out, taken)
     else:
         convert_llama(model_of(file, model)[0], out, taken)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -74,7 +75,7 @@ def _read(source: Path) -> tuple[str, Any]:
 
     path = source / "config.json" if source.is_dir() else source
     begin = _beginning(path)
-    if path.suffix == ".csv" or (path.suffix != ".json" and begin[:1] in b"+-.0123456789" and begin):
+    if path.suffix == ".csv" or (path.suffix != ".json" and re.match(rb"[-+.\d]", begin)):
         return "csv", Stated(read_csv(path))
     if path.suffix == ".gguf" or begin == b"GGUF":
         from storage.gguf_file import read_gguf

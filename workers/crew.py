@@ -285,9 +285,10 @@ class Crew:
             while waiting:
                 done, waiting = ray.wait(waiting, num_returns=1, timeout=LOOK)
                 ray.get(done)  # what failed is said before the others are there
-                if waiting:
-                    self._miss_no_node()
-                if waiting and time.monotonic() - began > START_TIMEOUT:
+                if not waiting:
+                    break
+                self._miss_no_node()
+                if time.monotonic() - began > START_TIMEOUT:
                     raise LongRopeError(
                         f"The {len(self._places)} workers did not start within {START_TIMEOUT:.0f} s; look at the "
                         "cluster with `ray status`."
